@@ -1,0 +1,224 @@
+// SIMD vectors of the accumulation types for the instruction set being compiled, on GCC and Clang vector extensions:
+// arithmetic, comparisons and `mask ? a : b` work on them as on scalars, so that a formula written once as a template
+// serves scalars, vectors and the GPU.
+#pragma once
+
+#include <cstring>
+
+#include "core/dtype.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace pyreg::PYREG_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+
+typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Int32Vector __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UInt32Vector __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t UInt16Vector __attribute__((vector_size(kVectorBytes / 2)));
+typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
+typedef int64_t Int64Vector __attribute__((vector_size(kVectorBytes)));
+
+template <typename A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = FloatVector;
+  using mask = Int32Vector;
+};
+template <>
+struct VectorOf<double> {
+  using type = DoubleVector;
+  using mask = Int64Vector;
+};
+template <typename A>
+using Vector = typename VectorOf<A>::type;
+template <typename A>
+using LaneIndex = typename VectorOf<A>::mask;
+
+template <typename V, typename From>
+PYREG_HOST_DEVICE V bit_cast(const From& from) {
+  static_assert(sizeof(V) == sizeof(From));
+  V to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <typename A>
+PYREG_HOST_DEVICE Vector<A> broadcast(A x) {
+  return x - Vector<A>{};
+}
+
+template <typename A>
+PYREG_HOST_DEVICE LaneIndex<A> lane_index() {
+  LaneIndex<A> index;
+  for (int lane = 0; lane < kLanes<A>; ++lane) index[lane] = lane;
+  return index;
+}
+
+// ---- loads ----
+
+PYREG_HOST_DEVICE FloatVector load(const float* p) {
+  FloatVector v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+PYREG_HOST_DEVICE DoubleVector load(const double* p) {
+  DoubleVector v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+PYREG_HOST_DEVICE FloatVector widen(UInt16Vector bits, bfloat16) {
+  return bit_cast<FloatVector>(__builtin_convertvector(bits, UInt32Vector) << 16);
+}
+
+PYREG_HOST_DEVICE FloatVector widen(UInt16Vector bits, float16) {
+#if defined(__AVX512F__)
+  return bit_cast<FloatVector>(_mm512_cvtph_ps(bit_cast<__m256i>(bits)));
+#elif defined(__F16C__)
+  return bit_cast<FloatVector>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
+#else
+  FloatVector v;
+  for (int lane = 0; lane < kLanes<float>; ++lane) v[lane] = ::pyreg::widen(float16{bits[lane]});
+  return v;
+#endif
+}
+
+template <typename Half>
+PYREG_HOST_DEVICE FloatVector load(const Half* p) {
+  UInt16Vector bits;
+  memcpy(&bits, p, sizeof(bits));
+  return widen(bits, Half{});
+}
+
+// The first `count` lanes from memory, `fill` in the others; reads nothing beyond them.
+PYREG_HOST_DEVICE FloatVector load_partial(const float* p, int count, float fill) {
+#if defined(__AVX512F__)
+  return bit_cast<FloatVector>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (1u << count) - 1u, p));
+#elif defined(__AVX2__)
+  const __m256i mask = bit_cast<__m256i>(lane_index<float>() < count);
+  return bit_cast<FloatVector>(_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask),
+                                                _mm256_castsi256_ps(mask)));
+#else
+  FloatVector v = broadcast(fill);
+  for (int lane = 0; lane < count; ++lane) v[lane] = p[lane];
+  return v;
+#endif
+}
+
+PYREG_HOST_DEVICE DoubleVector load_partial(const double* p, int count, double fill) {
+#if defined(__AVX512F__)
+  return bit_cast<DoubleVector>(_mm512_mask_loadu_pd(_mm512_set1_pd(fill), (1u << count) - 1u, p));
+#else
+  DoubleVector v = broadcast(fill);
+  for (int lane = 0; lane < count; ++lane) v[lane] = p[lane];
+  return v;
+#endif
+}
+
+template <typename Half>
+PYREG_HOST_DEVICE FloatVector load_partial(const Half* p, int count, float fill) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const FloatVector v = widen(bit_cast<UInt16Vector>(_mm256_maskz_loadu_epi16((1u << count) - 1u, p)), Half{});
+#else
+  UInt16Vector bits{};
+  for (int lane = 0; lane < count; ++lane) bits[lane] = p[lane].bits;
+  const FloatVector v = widen(bits, Half{});
+#endif
+  return lane_index<float>() < count ? v : broadcast(fill);
+}
+
+// ---- stores ----
+
+PYREG_HOST_DEVICE UInt16Vector narrow(FloatVector v, bfloat16) {
+  const UInt32Vector bits = bit_cast<UInt32Vector>(v);
+  const UInt32Vector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const UInt32Vector quiet_nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector(v == v ? rounded : quiet_nan, UInt16Vector);
+}
+
+PYREG_HOST_DEVICE UInt16Vector narrow(FloatVector v, float16) {
+#if defined(__AVX512F__)
+  return bit_cast<UInt16Vector>(_mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return bit_cast<UInt16Vector>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  UInt16Vector bits;
+  for (int lane = 0; lane < kLanes<float>; ++lane) bits[lane] = ::pyreg::narrow<float16>(v[lane]).bits;
+  return bits;
+#endif
+}
+
+PYREG_HOST_DEVICE void store(float* p, FloatVector v) { memcpy(p, &v, sizeof(v)); }
+PYREG_HOST_DEVICE void store(double* p, DoubleVector v) { memcpy(p, &v, sizeof(v)); }
+
+template <typename Half>
+PYREG_HOST_DEVICE void store(Half* p, FloatVector v) {
+  const UInt16Vector bits = narrow(v, Half{});
+  memcpy(p, &bits, sizeof(bits));
+}
+
+PYREG_HOST_DEVICE void store_partial(float* p, FloatVector v, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (1u << count) - 1u, bit_cast<__m512>(v));
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, bit_cast<__m256i>(lane_index<float>() < count), bit_cast<__m256>(v));
+#else
+  for (int lane = 0; lane < count; ++lane) p[lane] = v[lane];
+#endif
+}
+
+PYREG_HOST_DEVICE void store_partial(double* p, DoubleVector v, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_pd(p, (1u << count) - 1u, bit_cast<__m512d>(v));
+#else
+  for (int lane = 0; lane < count; ++lane) p[lane] = v[lane];
+#endif
+}
+
+template <typename Half>
+PYREG_HOST_DEVICE void store_partial(Half* p, FloatVector v, int count) {
+  const UInt16Vector bits = narrow(v, Half{});
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  _mm256_mask_storeu_epi16(p, (1u << count) - 1u, bit_cast<__m256i>(bits));
+#else
+  for (int lane = 0; lane < count; ++lane) p[lane].bits = bits[lane];
+#endif
+}
+
+// ---- reductions: a tree over the lanes, the same order everywhere ----
+
+template <typename V>
+PYREG_HOST_DEVICE auto sum_lanes(V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(v[0]) == sizeof(float)) {
+    return _mm512_reduce_add_ps(bit_cast<__m512>(v));
+  } else {
+    return _mm512_reduce_add_pd(bit_cast<__m512d>(v));
+  }
+#else
+  using A = std::remove_cv_t<std::remove_reference_t<decltype(v[0])>>;
+  A partial[kLanes<A>];
+  memcpy(partial, &v, sizeof(v));
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) partial[lane] += partial[lane + half];
+  }
+  return partial[0];
+#endif
+}
+
+}  // namespace pyreg::PYREG_ISA

@@ -1,0 +1,22 @@
+// Every operator's schema: the library's table of contents. Python (pyreg/ops) adds fake, autograd and vmap rules.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pyreg, library) {
+  // StableMax: csrc/stablemax, pyreg/ops/stablemax.py
+  library.def("stablemax(Tensor input, int dim, ScalarType dtype) -> Tensor");
+  library.def("stablemax_backward(Tensor grad_output, Tensor input, int dim) -> Tensor");
+  library.def("log_stablemax(Tensor input, int dim, ScalarType dtype) -> Tensor");
+  library.def("log_stablemax_backward(Tensor grad_output, Tensor input, int dim) -> Tensor");
+  library.def(
+      "stablemax_cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "float label_smoothing, ScalarType loss_dtype) -> (Tensor loss, Tensor saved)");
+  library.def(
+      "stablemax_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor saved, "
+      "int reduction, int ignore_index, float label_smoothing) -> Tensor");
+  library.def(
+      "stablemax_cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "float label_smoothing, ScalarType loss_dtype) -> Tensor");
+
+  // OrthoGrad: csrc/orthograd, pyreg/ops/orthograd.py
+  library.def("orthogonalize_gradients_(Tensor[] params, Tensor(a!)[] grads) -> ()");
+}

@@ -1,0 +1,163 @@
+// StableMax (Prieto et al. 2025, arXiv 2501.04697): softmax with exp replaced by
+//
+//   s(x) = x + 1 for x >= 0,  1 / (1 - x) for x < 0;      stablemax(x)_j = s(x_j) / S,  S = sum_k s(x_k)
+//
+// With d = 1 + |x| and h = 1 / d: s = d or h, s' = 1 or h^2, d log s / dx = h, log s = sign(x) log d. There is no
+// exponential and no row maximum. -inf gives s = 0 and h = 0: a masked class.
+//
+// Where one class dominates, S - s_j cancels. So every sum here leaves out one class, the pivot p (the target of a
+// class-index loss, else the largest logit): R = sum_{k != p} s_k, and with it
+//
+//   -log p_p = log1p(R / s_p),     1 - p_p = R / S,     g_j - sum_k g_k p_k = (g_j - g_p) - sum_{k != p} (g_k - g_p) p_k
+//
+// are exact where the plain forms lose all digits.
+#pragma once
+
+#include "core/dtype.h"
+#include "core/isa.h"
+#include "core/math.h"
+#include "core/rows.h"
+
+namespace pyreg {
+
+// d = 1 + |x| and h = 1 / d, from which every other quantity follows. T is a scalar or a SIMD vector.
+template <typename T>
+struct StableTerms {
+  T magnitude;  // d
+  T slope;      // h = d log s / dx
+};
+
+template <typename T>
+PYREG_HOST_DEVICE StableTerms<T> stable_terms(T x) {
+  const T magnitude = 1.0f + absolute(x);
+  return {magnitude, reciprocal(magnitude)};
+}
+
+// s(x)
+template <typename T>
+PYREG_HOST_DEVICE T stable_value(T x, StableTerms<T> terms) {
+  return x < 0.0f ? terms.slope : terms.magnitude;
+}
+
+template <typename T>
+PYREG_HOST_DEVICE T stable_value(T x) {
+  return stable_value(x, stable_terms(x));
+}
+
+// s'(x) * factor; the factor is multiplied in between so that h^2 alone never underflows.
+template <typename T>
+PYREG_HOST_DEVICE T stable_derivative(T x, StableTerms<T> terms, T factor) {
+  return x < 0.0f ? terms.slope * (terms.slope * factor) : factor;
+}
+
+// log s(x)
+template <typename T>
+PYREG_HOST_DEVICE T log_stable_value(T x) {
+  const T log_magnitude = log_one_plus(absolute(x));
+  return x < 0.0f ? -log_magnitude : log_magnitude;
+}
+
+// Sums of a row can exceed the largest number although every logit is finite; such rows are summed again times 2^-64.
+constexpr int kRescaleBits = 64;
+constexpr float kRescale = 0x1p-64f;
+
+// A row's sum S in the forms a loss and its gradient need, from R and s_p (R times kRescale if `rescaled`).
+template <typename A>
+struct RowNormalizer {
+  A inverse_sum;   // 1 / S
+  A rest_share;    // R / S
+  A negative_log;  // -log p_p
+};
+
+template <typename A>
+PYREG_HOST_DEVICE A log_row_sum(A rest, A pivot_logit, bool rescaled) {
+  if (!rescaled) return logarithm(rest + stable_value(pivot_logit));
+  return logarithm(rest + stable_value(pivot_logit) * A(kRescale)) + A(kRescaleBits * 0.693147180559945309417);
+}
+
+template <typename A>
+PYREG_HOST_DEVICE RowNormalizer<A> normalize_row(A rest, A pivot_logit, bool rescaled) {
+  const A scale = rescaled ? A(kRescale) : A(1);
+  const A pivot = stable_value(pivot_logit) * scale;
+  const A sum = rest + pivot;
+  const A ratio = rest / pivot;
+  RowNormalizer<A> row;
+  row.inverse_sum = scale / sum;
+  row.rest_share = rest / sum;
+  // Where the ratio overflows, the difference of logarithms has no cancellation.
+  row.negative_log = ratio < A(1e30f) ? log_one_plus(ratio)
+                                      : log_row_sum(rest, pivot_logit, rescaled) - log_stable_value(pivot_logit);
+  return row;
+}
+
+// log p for one element, from d, s and the row's normalizer. log(s / S) loses nothing where both are large or both are
+// small; where the quotient would underflow, the difference of logarithms has no cancellation.
+template <typename T, typename A>
+PYREG_HOST_DEVICE T log_probability(T x, StableTerms<T> terms, A inverse_sum, A log_sum) {
+  const T quotient = stable_value(x, terms) * inverse_sum;
+  const auto normal = quotient > 1e-30f;
+  const T log_argument = logarithm(normal ? quotient : terms.magnitude);
+  return normal ? log_argument : (x < 0.0f ? -log_argument : log_argument) - log_sum;
+}
+
+enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
+
+// What a forward pass leaves for the backward pass: an array [fields, rows] in the accumulation dtype, then one
+// element, the total weight by which a mean divides. With Q = sum_j q_j over the row's target distribution q (class
+// weights and label smoothing included):
+//
+//   dL/dx_j = (Q / S) s'_j - q_j h_j  for j != p,      dL/dx_p = h_p ((Q - q_p) - Q R / S)
+struct SavedRows {
+  enum Field : int64_t {
+    sum_gradient = 0,    // Q / S
+    pivot_gradient = 1,  // (Q - q_p) - Q R / S
+    loss = 2,            // the row's loss
+    pivot = 3,           // p, the bits of an integer as wide as the element; kept for probability targets
+  };
+};
+constexpr int64_t kSavedFieldsForLabels = 3;
+constexpr int64_t kSavedFieldsForProbabilities = 4;
+
+struct CrossEntropyArgs {
+  Dtype dtype;               // of logits, probabilities and grad_logits
+  Dtype loss_dtype;          // of loss and grad_loss
+  RowLayout layout;          // [outer, classes, inner]
+  const void* logits;        // [outer, classes, inner]
+  int64_t logits_stride;     // between rows where inner == 1
+  const int64_t* labels;     // [outer, inner] class indices, or null
+  const void* probabilities; // [outer, classes, inner], or null
+  const void* weight;        // [classes] class weights in the accumulation dtype, or null
+  int64_t ignore_index;
+  double label_smoothing;
+  Reduction reduction;
+  void* loss;                // [] or [outer, inner]
+  void* saved;               // see SavedRows
+  const void* grad_loss;     // [] or [outer, inner], backward
+  void* grad_logits;         // [outer, classes, inner], backward; the logits themselves in the in-place form
+  int64_t* invalid_label;    // CPU: receives a label outside [0, classes), else untouched
+  void* stream;
+};
+
+// saved, loss <- logits, target
+PYREG_DECLARE_KERNEL(stablemax_cross_entropy_forward, CrossEntropyArgs)
+// grad_logits <- grad_loss, logits, target, saved
+PYREG_DECLARE_KERNEL(stablemax_cross_entropy_backward, CrossEntropyArgs)
+// Both in one pass over the logits, which the gradient for grad_loss = 1 overwrites. Class indices only.
+PYREG_DECLARE_KERNEL(stablemax_cross_entropy_in_place, CrossEntropyArgs)
+
+struct StablemaxArgs {
+  Dtype dtype;          // of input, and of grad_input
+  Dtype output_dtype;   // of output and grad_output: dtype, or float32 for a 16-bit dtype
+  RowLayout layout;
+  const void* input;        // [outer, classes, inner]
+  const void* grad_output;  // [outer, classes, inner], backward
+  void* output;             // [outer, classes, inner]: stablemax, its logarithm, or grad_input
+  void* stream;
+};
+
+PYREG_DECLARE_KERNEL(stablemax_forward, StablemaxArgs)
+PYREG_DECLARE_KERNEL(stablemax_backward, StablemaxArgs)
+PYREG_DECLARE_KERNEL(log_stablemax_forward, StablemaxArgs)
+PYREG_DECLARE_KERNEL(log_stablemax_backward, StablemaxArgs)
+
+}  // namespace pyreg

@@ -1,0 +1,559 @@
+// CPU kernels of StableMax. Formulas and notation: stablemax.h.
+//
+// Accumulation: float for float, bfloat16 and float16 (partial sums of 4096 elements by SIMD lanes, then double), double
+// for double. A row is the unit of work: its second pass finds it in cache (32,000 floats are 128 KB).
+// Bytes moved: forward, one read of the logits; backward, one read and one write into fresh memory; in place, one read
+// and one write of the same lines.
+#include "stablemax/stablemax.h"
+
+namespace pyreg::PYREG_ISA {
+
+namespace {
+
+constexpr int64_t kChunk = 4096;  // elements summed in the accumulation type before they join the row's double
+
+template <typename A>
+constexpr A kInfinity = static_cast<A>(__builtin_inf());
+
+template <typename A>
+bool is_infinite(A x) {
+  return absolute(x) == kInfinity<A>;
+}
+
+// Loads lanes [j, j + kLanes) of a row of n; beyond its end -inf, whose s and h are 0.
+template <typename Storage, typename A = Accumulate<Storage>>
+PYREG_HOST_DEVICE Vector<A> load_logits(const Storage* x, int64_t j, int64_t n) {
+  return j + kLanes<A> <= n ? load(x + j) : load_partial(x + j, static_cast<int>(n - j), -kInfinity<A>);
+}
+
+template <typename Storage, typename A = Accumulate<Storage>>
+PYREG_HOST_DEVICE Vector<A> load_or_zero(const Storage* x, int64_t j, int64_t n) {
+  return j + kLanes<A> <= n ? load(x + j) : load_partial(x + j, static_cast<int>(n - j), A(0));
+}
+
+template <typename Storage, typename A>
+PYREG_HOST_DEVICE void store_lanes(Storage* out, int64_t j, int64_t n, const Vector<A>& v) {
+  if (j + kLanes<A> <= n) {
+    store(out + j, v);
+  } else {
+    store_partial(out + j, v, static_cast<int>(n - j));
+  }
+}
+
+// Zero in the lane of class `excluded`, v elsewhere.
+template <typename A>
+PYREG_HOST_DEVICE Vector<A> without(const Vector<A>& v, int64_t j, int64_t excluded) {
+  return lane_index<A>() == static_cast<decltype(lane_index<A>()[0] + 0)>(excluded - j) ? Vector<A>{} : v;
+}
+
+// Zero from lane `count` on.
+template <typename A>
+PYREG_HOST_DEVICE Vector<A> without_tail(const Vector<A>& v, int count) {
+  return lane_index<A>() < count ? v : Vector<A>{};
+}
+
+// Sum over the row of term(j, x) without class `excluded`; term gives 0 where x = -inf.
+template <typename Storage, typename Term, typename A = Accumulate<Storage>>
+PYREG_HOST_DEVICE A sum_row(const Storage* x, int64_t n, int64_t excluded, Term&& term) {
+  constexpr int64_t kStep = 4 * kLanes<A>;
+  double total = 0;
+  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
+    const int64_t end = chunk + kChunk < n ? chunk + kChunk : n;
+    Vector<A> sum0{}, sum1{}, sum2{}, sum3{};
+    int64_t j = chunk;
+    const bool has_excluded = excluded >= chunk && excluded < end;
+    const int64_t plain_end = has_excluded ? excluded / kStep * kStep : end;
+    const auto plain = [&](int64_t until) {
+      for (; j + kStep <= until; j += kStep) {
+        sum0 += term(j, load(x + j));
+        sum1 += term(j + kLanes<A>, load(x + j + kLanes<A>));
+        sum2 += term(j + 2 * kLanes<A>, load(x + j + 2 * kLanes<A>));
+        sum3 += term(j + 3 * kLanes<A>, load(x + j + 3 * kLanes<A>));
+      }
+    };
+    plain(plain_end);
+    if (has_excluded) {
+      const int64_t step_end = j + kStep < end ? j + kStep : end;
+      for (; j < step_end; j += kLanes<A>) sum0 += without<A>(term(j, load_logits(x, j, n)), j, excluded);
+      plain(end);
+    }
+    for (; j < end; j += kLanes<A>) sum1 += term(j, load_logits(x, j, n));
+    total += sum_lanes((sum0 + sum1) + (sum2 + sum3));
+  }
+  return static_cast<A>(total);
+}
+
+template <typename A>
+struct RowSum {
+  A rest;  // R, times kRescale if rescaled
+  bool rescaled;
+};
+
+template <typename Storage, typename A = Accumulate<Storage>>
+RowSum<A> sum_rest(const Storage* x, int64_t n, int64_t pivot) {
+  const A rest = sum_row(x, n, pivot, [](int64_t, Vector<A> v) { return stable_value(v); });
+  const A sum = rest + stable_value(::pyreg::widen(x[pivot]));
+  if (__builtin_expect(!is_infinite(sum), 1)) return {rest, false};
+  return {sum_row(x, n, pivot, [](int64_t, Vector<A> v) { return stable_value(v) * A(kRescale); }), true};
+}
+
+// The largest logit's class, the first of equals; NaN counts as largest so that it reaches the result.
+template <typename Storage, typename A = Accumulate<Storage>>
+int64_t largest(const Storage* x, int64_t n) {
+  Vector<A> best = load_logits(x, 0, n);
+  for (int64_t j = kLanes<A>; j < n; j += kLanes<A>) {
+    const Vector<A> v = load_logits(x, j, n);
+    best = v <= best ? best : v;
+  }
+  A value = best[0];
+  for (int lane = 1; lane < kLanes<A>; ++lane) value = best[lane] <= value ? value : best[lane];
+  for (int64_t j = 0; j < n; j += kLanes<A>) {
+    const auto hit = load_or_zero(x, j, n) == broadcast(value);
+    for (int lane = 0; lane < kLanes<A> && j + lane < n; ++lane) {
+      if (hit[lane]) return j + lane;
+    }
+  }
+  return 0;  // NaN equals nothing: every class gives the same NaN
+}
+
+template <typename A>
+A sum_weights(const A* weight, int64_t classes) {
+  if (weight == nullptr) return static_cast<A>(classes);
+  double total = 0;
+  for (int64_t j = 0; j < classes; ++j) total += weight[j];
+  return static_cast<A>(total);
+}
+
+template <typename A>
+struct Saved {
+  A* fields;
+  int64_t rows;
+  A& operator()(SavedRows::Field field, int64_t row) const { return fields[field * rows + row]; }
+};
+
+template <typename A>
+struct RowResult {
+  A loss;
+  A sum_gradient;
+  A pivot_gradient;
+};
+
+// What every row of one call shares.
+template <typename A>
+struct Options {
+  const A* weight;   // [classes] or null
+  A weight_sum;      // sum of class weights, or their number
+  A keep;            // 1 - label_smoothing
+  A spread;          // label_smoothing / classes
+  A weight_of(int64_t label) const { return weight ? weight[label] : A(1); }
+};
+
+template <typename A>
+Options<A> options_of(const CrossEntropyArgs& args) {
+  const A* weight = static_cast<const A*>(args.weight);
+  return {weight, sum_weights(weight, args.layout.classes), static_cast<A>(1 - args.label_smoothing),
+          static_cast<A>(args.label_smoothing / static_cast<double>(args.layout.classes))};
+}
+
+// ---- class-index targets ----
+
+template <typename Storage, typename A = Accumulate<Storage>>
+PYREG_HOST_DEVICE RowResult<A> label_row_forward(const Storage* x, int64_t n, int64_t label, const Options<A>& options) {
+  const RowSum<A> sum = sum_rest(x, n, label);
+  const A logit = ::pyreg::widen(x[label]);
+  const RowNormalizer<A> row = normalize_row(sum.rest, logit, sum.rescaled);
+  const A target = options.keep * options.weight_of(label);
+  RowResult<A> result;
+  result.loss = target * row.negative_log;
+  A mass = target, rest_mass = 0;
+  if (options.spread > 0) {
+    const A* weight = options.weight;
+    const A log_stable = sum_row(x, n, -1, [=](int64_t j, Vector<A> v) {
+      const Vector<A> term = log_stable_value(v);
+      if (weight) return load_or_zero(weight, j, n) * term;
+      return j + kLanes<A> <= n ? term : without_tail<A>(term, static_cast<int>(n - j));
+    });
+    const A log_sum = log_row_sum(sum.rest, logit, sum.rescaled);
+    result.loss += options.spread * (options.weight_sum * log_sum - log_stable);
+    rest_mass = options.spread * (options.weight_sum - options.weight_of(label));
+    mass += options.spread * options.weight_sum;
+  }
+  result.sum_gradient = mass * row.inverse_sum;
+  result.pivot_gradient = rest_mass - mass * row.rest_share;
+  return result;
+}
+
+// grad_j = scale ((Q/S) s'_j - q_j h_j)
+template <typename Storage, typename Out, typename A = Accumulate<Storage>>
+PYREG_HOST_DEVICE void label_row_backward(const Storage* x, int64_t n, int64_t label, A sum_gradient, A pivot_gradient,
+                                          A scale, const Options<A>& options, Out* out) {
+  const A logit = ::pyreg::widen(x[label]);  // read before an in-place result overwrites it
+  const Vector<A> factor = broadcast(scale * sum_gradient);
+  if (options.spread > 0) {
+    const A spread = scale * options.spread;
+    const A* weight = options.weight;
+    for (int64_t j = 0; j < n; j += kLanes<A>) {
+      const Vector<A> v = load_logits(x, j, n);
+      const auto terms = stable_terms(v);
+      const Vector<A> q = weight ? spread * load_or_zero(weight, j, n) : broadcast(spread);
+      store_lanes<Out, A>(out, j, n, stable_derivative(v, terms, factor) - q * terms.slope);
+    }
+  } else {
+    for (int64_t j = 0; j < n; j += kLanes<A>) {
+      const Vector<A> v = load_logits(x, j, n);
+      store_lanes<Out, A>(out, j, n, stable_derivative(v, stable_terms(v), factor));
+    }
+  }
+  out[label] = ::pyreg::narrow<Out>(scale * (stable_terms(logit).slope * pivot_gradient));
+}
+
+template <typename Out>
+void fill_zero(Out* out, int64_t n) {
+  memset(static_cast<void*>(out), 0, sizeof(Out) * n);
+}
+
+// Sums rows' losses and weights in row order, so that the result does not depend on the number of threads.
+template <typename A>
+void reduce_losses(const CrossEntropyArgs& args, const Saved<A>& saved, double total_weight) {
+  double total = 0;
+  const A* losses = &saved(SavedRows::loss, 0);
+  for (int64_t row = 0; row < saved.rows; ++row) total += losses[row];
+  if (args.reduction == Reduction::mean) total /= total_weight;
+  dispatch_dtype(args.loss_dtype, [&](auto tag) {
+    using Loss = typename decltype(tag)::type;
+    *static_cast<Loss*>(args.loss) = ::pyreg::narrow<Loss>(static_cast<Accumulate<Loss>>(total));
+  });
+}
+
+template <typename A>
+void store_row_losses(const CrossEntropyArgs& args, const Saved<A>& saved) {
+  dispatch_dtype(args.loss_dtype, [&](auto tag) {
+    using Loss = typename decltype(tag)::type;
+    for (int64_t row = 0; row < saved.rows; ++row) {
+      static_cast<Loss*>(args.loss)[row] =
+          ::pyreg::narrow<Loss>(static_cast<Accumulate<Loss>>(saved(SavedRows::loss, row)));
+    }
+  });
+}
+
+template <typename A>
+void finish_losses(const CrossEntropyArgs& args, const Saved<A>& saved, int64_t fields, double total_weight) {
+  saved.fields[fields * saved.rows] = static_cast<A>(total_weight);
+  if (args.reduction == Reduction::none) {
+    store_row_losses(args, saved);
+  } else {
+    reduce_losses(args, saved, total_weight);
+  }
+}
+
+// The weights of all rows that count; reports a label that is no class.
+template <typename A>
+double total_label_weight(const CrossEntropyArgs& args, const A* weight) {
+  double total = 0;
+  for (int64_t row = 0; row < args.layout.rows(); ++row) {
+    const int64_t label = args.labels[row];
+    if (label == args.ignore_index) continue;
+    if (label < 0 || label >= args.layout.classes) {
+      *args.invalid_label = label;
+      return 0;
+    }
+    total += weight ? weight[label] : A(1);
+  }
+  return total;
+}
+
+// The upstream gradient of one row, the mean's division included.
+template <typename A>
+struct UpstreamGradient {
+  const CrossEntropyArgs& args;
+  A shared;
+
+  UpstreamGradient(const CrossEntropyArgs& call, A total_weight) : args(call), shared(1) {
+    if (args.reduction == Reduction::none) return;
+    shared = element(0);
+    if (args.reduction == Reduction::mean) shared /= total_weight;
+  }
+  A operator()(int64_t row) const { return args.reduction == Reduction::none ? element(row) : shared; }
+
+  A element(int64_t row) const {
+    A value = 0;
+    dispatch_dtype(args.loss_dtype, [&](auto tag) {
+      using Loss = typename decltype(tag)::type;
+      value = static_cast<A>(::pyreg::widen(static_cast<const Loss*>(args.grad_loss)[row]));
+    });
+    return value;
+  }
+};
+
+template <typename Storage>
+void labels_forward(const CrossEntropyArgs& args) {
+  using A = Accumulate<Storage>;
+  const Options<A> options = options_of<A>(args);
+  const Saved<A> saved{static_cast<A*>(args.saved), args.layout.rows()};
+  const double total_weight = total_label_weight(args, options.weight);
+  for_each_row(args.layout, static_cast<const Storage*>(args.logits), args.logits_stride,
+               static_cast<const Storage*>(nullptr), static_cast<Storage*>(nullptr),
+               [&](int64_t row, const auto* x, const auto*, auto*) {
+                 const int64_t label = args.labels[row];
+                 RowResult<A> result{};
+                 if (label >= 0 && label < args.layout.classes && label != args.ignore_index) {
+                   result = label_row_forward(x, args.layout.classes, label, options);
+                 }
+                 saved(SavedRows::loss, row) = result.loss;
+                 saved(SavedRows::sum_gradient, row) = result.sum_gradient;
+                 saved(SavedRows::pivot_gradient, row) = result.pivot_gradient;
+               });
+  finish_losses(args, saved, kSavedFieldsForLabels, total_weight);
+}
+
+template <typename Storage>
+void labels_backward(const CrossEntropyArgs& args) {
+  using A = Accumulate<Storage>;
+  const Options<A> options = options_of<A>(args);
+  const Saved<A> saved{static_cast<A*>(const_cast<void*>(args.saved)), args.layout.rows()};
+  const UpstreamGradient<A> upstream(args, saved.fields[kSavedFieldsForLabels * saved.rows]);
+  for_each_row(args.layout, static_cast<const Storage*>(args.logits), args.logits_stride,
+               static_cast<const Storage*>(nullptr), static_cast<Storage*>(args.grad_logits),
+               [&](int64_t row, const auto* x, const auto*, auto* out) {
+                 const int64_t label = args.labels[row], classes = args.layout.classes;
+                 if (label < 0 || label >= classes || label == args.ignore_index) return fill_zero(out, classes);
+                 label_row_backward(x, classes, label, saved(SavedRows::sum_gradient, row),
+                                    saved(SavedRows::pivot_gradient, row), upstream(row), options, out);
+               });
+}
+
+template <typename Storage>
+void labels_in_place(const CrossEntropyArgs& args) {
+  using A = Accumulate<Storage>;
+  const Options<A> options = options_of<A>(args);
+  const Saved<A> saved{static_cast<A*>(args.saved), args.layout.rows()};
+  const double total_weight = total_label_weight(args, options.weight);
+  if (*args.invalid_label != args.ignore_index) return;  // nothing is overwritten when the call is going to fail
+  const A scale = args.reduction == Reduction::mean ? static_cast<A>(1 / total_weight) : A(1);
+  Storage* logits = static_cast<Storage*>(args.grad_logits);
+  for_each_row(args.layout, static_cast<const Storage*>(logits), args.layout.classes,
+               static_cast<const Storage*>(nullptr), logits,
+               [&](int64_t row, const auto* x, const auto*, auto* out) {
+                 const int64_t label = args.labels[row], classes = args.layout.classes;
+                 saved(SavedRows::loss, row) = 0;
+                 if (label == args.ignore_index) return fill_zero(out, classes);
+                 const RowResult<A> result = label_row_forward(x, classes, label, options);
+                 saved(SavedRows::loss, row) = result.loss;
+                 label_row_backward(x, classes, label, result.sum_gradient, result.pivot_gradient, scale, options,
+                                    out);
+               });
+  finish_losses(args, saved, kSavedFieldsForLabels, total_weight);
+}
+
+// ---- probability targets ----
+
+// An integer kept in the bits of a saved element, whatever its type.
+template <typename A>
+A bits_of_index(int64_t index) {
+  const auto narrow_index = static_cast<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>(index);
+  return bit_cast<A>(narrow_index);
+}
+
+template <typename A>
+int64_t index_of_bits(A bits) {
+  return bit_cast<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>(bits);
+}
+
+// q_j = w_j ((1 - smoothing) t_j + smoothing / classes); 0 beyond the row's end.
+template <typename Probability, typename A>
+PYREG_HOST_DEVICE Vector<A> target_mass(const Probability* t, int64_t j, int64_t n, const Options<A>& options) {
+  Vector<A> q = options.keep * load_or_zero(t, j, n) + options.spread;
+  if (options.weight) return q * load_or_zero(options.weight, j, n);
+  return j + kLanes<A> <= n ? q : without_tail<A>(q, static_cast<int>(n - j));
+}
+
+template <typename Storage, typename Probability, typename A = Accumulate<Storage>>
+RowResult<A> probability_row_forward(const Storage* x, const Probability* t, int64_t n, int64_t pivot,
+                                     const Options<A>& options) {
+  const RowSum<A> sum = sum_rest(x, n, pivot);
+  const A logit = ::pyreg::widen(x[pivot]);
+  const RowNormalizer<A> row = normalize_row(sum.rest, logit, sum.rescaled);
+  const A log_sum = log_row_sum(sum.rest, logit, sum.rescaled);
+  const A rest_mass =
+      sum_row(x, n, pivot, [=, &options](int64_t j, Vector<A>) { return target_mass(t, j, n, options); });
+  const A rest_loss = sum_row(x, n, pivot, [=, &options](int64_t j, Vector<A> v) {
+    const Vector<A> q = target_mass(t, j, n, options);
+    const Vector<A> log_p = log_probability(v, stable_terms(v), row.inverse_sum, log_sum);
+    return j + kLanes<A> <= n ? -q * log_p : without_tail<A>(-q * log_p, static_cast<int>(n - j));
+  });
+  const A pivot_mass =
+      (options.keep * ::pyreg::widen(t[pivot]) + options.spread) * options.weight_of(pivot);
+  const A mass = rest_mass + pivot_mass;
+  return {rest_loss + pivot_mass * row.negative_log, mass * row.inverse_sum, rest_mass - mass * row.rest_share};
+}
+
+template <typename Storage, typename Probability, typename Out, typename A = Accumulate<Storage>>
+void probability_row_backward(const Storage* x, const Probability* t, int64_t n, int64_t pivot, A sum_gradient,
+                              A pivot_gradient, A scale, const Options<A>& options, Out* out) {
+  const Vector<A> factor = broadcast(scale * sum_gradient);
+  for (int64_t j = 0; j < n; j += kLanes<A>) {
+    const Vector<A> v = load_logits(x, j, n);
+    const auto terms = stable_terms(v);
+    const Vector<A> q = scale * target_mass(t, j, n, options);
+    store_lanes<Out, A>(out, j, n, stable_derivative(v, terms, factor) - q * terms.slope);
+  }
+  out[pivot] = ::pyreg::narrow<Out>(scale * (stable_terms(::pyreg::widen(x[pivot])).slope * pivot_gradient));
+}
+
+template <typename Storage>
+void probabilities_forward(const CrossEntropyArgs& args) {
+  using A = Accumulate<Storage>;
+  const Options<A> options = options_of<A>(args);
+  const Saved<A> saved{static_cast<A*>(args.saved), args.layout.rows()};
+  for_each_row(args.layout, static_cast<const Storage*>(args.logits), args.logits_stride,
+               static_cast<const Storage*>(args.probabilities), static_cast<Storage*>(nullptr),
+               [&](int64_t row, const auto* x, const auto* t, auto*) {
+                 const int64_t pivot = largest(x, args.layout.classes);
+                 const RowResult<A> result = probability_row_forward(x, t, args.layout.classes, pivot, options);
+                 saved(SavedRows::loss, row) = result.loss;
+                 saved(SavedRows::sum_gradient, row) = result.sum_gradient;
+                 saved(SavedRows::pivot_gradient, row) = result.pivot_gradient;
+                 saved(SavedRows::pivot, row) = bits_of_index<A>(pivot);
+               });
+  finish_losses(args, saved, kSavedFieldsForProbabilities, static_cast<double>(args.layout.rows()));
+}
+
+template <typename Storage>
+void probabilities_backward(const CrossEntropyArgs& args) {
+  using A = Accumulate<Storage>;
+  const Options<A> options = options_of<A>(args);
+  const Saved<A> saved{static_cast<A*>(args.saved), args.layout.rows()};
+  const UpstreamGradient<A> upstream(args, saved.fields[kSavedFieldsForProbabilities * saved.rows]);
+  for_each_row(args.layout, static_cast<const Storage*>(args.logits), args.logits_stride,
+               static_cast<const Storage*>(args.probabilities), static_cast<Storage*>(args.grad_logits),
+               [&](int64_t row, const auto* x, const auto* t, auto* out) {
+                 probability_row_backward(x, t, args.layout.classes, index_of_bits(saved(SavedRows::pivot, row)),
+                                          saved(SavedRows::sum_gradient, row), saved(SavedRows::pivot_gradient, row),
+                                          upstream(row), options, out);
+               });
+}
+
+// ---- stablemax and its logarithm ----
+
+template <typename Storage, typename Out, typename A = Accumulate<Storage>>
+void stablemax_row(const Storage* x, int64_t n, Out* out) {
+  const int64_t pivot = 0;
+  const RowSum<A> sum = sum_rest(x, n, pivot);
+  const A inverse_sum = normalize_row(sum.rest, ::pyreg::widen(x[pivot]), sum.rescaled).inverse_sum;
+  for (int64_t j = 0; j < n; j += kLanes<A>) {
+    store_lanes<Out, A>(out, j, n, stable_value(load_logits(x, j, n)) * inverse_sum);
+  }
+}
+
+// dx_j = s'_j / S (g_j - sum_k g_k p_k)
+template <typename Storage, typename Grad, typename Out, typename A = Accumulate<Storage>>
+void stablemax_row_backward(const Storage* x, const Grad* g, int64_t n, Out* out) {
+  const int64_t pivot = largest(x, n);
+  const RowSum<A> sum = sum_rest(x, n, pivot);
+  const RowNormalizer<A> row = normalize_row(sum.rest, ::pyreg::widen(x[pivot]), sum.rescaled);
+  const A pivot_grad = ::pyreg::widen(g[pivot]);
+  const A rest = sum_row(x, n, pivot, [=](int64_t j, Vector<A> v) {
+    return (load_or_zero(g, j, n) - pivot_grad) * (stable_value(v) * row.inverse_sum);
+  });
+  const Vector<A> factor = broadcast(row.inverse_sum);
+  for (int64_t j = 0; j < n; j += kLanes<A>) {
+    const Vector<A> v = load_logits(x, j, n);
+    const Vector<A> centred = (load_or_zero(g, j, n) - pivot_grad) - rest;
+    store_lanes<Out, A>(out, j, n, stable_derivative(v, stable_terms(v), factor) * centred);
+  }
+}
+
+template <typename Storage, typename Out, typename A = Accumulate<Storage>>
+void log_stablemax_row(const Storage* x, int64_t n, Out* out) {
+  const int64_t pivot = largest(x, n);
+  const RowSum<A> sum = sum_rest(x, n, pivot);
+  const A logit = ::pyreg::widen(x[pivot]);
+  const RowNormalizer<A> row = normalize_row(sum.rest, logit, sum.rescaled);
+  const A log_sum = log_row_sum(sum.rest, logit, sum.rescaled);
+  for (int64_t j = 0; j < n; j += kLanes<A>) {
+    const Vector<A> v = load_logits(x, j, n);
+    store_lanes<Out, A>(out, j, n, log_probability(v, stable_terms(v), row.inverse_sum, log_sum));
+  }
+  out[pivot] = ::pyreg::narrow<Out>(-row.negative_log);
+}
+
+// dx_j = h_j (g_j - G p_j), G = sum_k g_k; at the pivot G - g_p is summed without p.
+template <typename Storage, typename Grad, typename Out, typename A = Accumulate<Storage>>
+void log_stablemax_row_backward(const Storage* x, const Grad* g, int64_t n, Out* out) {
+  const int64_t pivot = largest(x, n);
+  const RowSum<A> sum = sum_rest(x, n, pivot);
+  const A logit = ::pyreg::widen(x[pivot]);
+  const RowNormalizer<A> row = normalize_row(sum.rest, logit, sum.rescaled);
+  const A rest_grad = sum_row(x, n, pivot, [=](int64_t j, Vector<A>) { return load_or_zero(g, j, n); });
+  const A total_grad = rest_grad + ::pyreg::widen(g[pivot]);
+  const Vector<A> factor = broadcast(total_grad * row.inverse_sum);
+  for (int64_t j = 0; j < n; j += kLanes<A>) {
+    const Vector<A> v = load_logits(x, j, n);
+    const auto terms = stable_terms(v);
+    store_lanes<Out, A>(out, j, n, load_or_zero(g, j, n) * terms.slope - stable_derivative(v, terms, factor));
+  }
+  out[pivot] = ::pyreg::narrow<Out>(stable_terms(logit).slope * (total_grad * row.rest_share - rest_grad));
+}
+
+// Calls function(storage, out) with the types of a 16-bit input that may give float32, or of an input that keeps its own.
+template <typename Function>
+void dispatch_in_out(Dtype in, Dtype out, Function&& function) {
+  dispatch_dtype(in, [&](auto storage) {
+    using Storage = typename decltype(storage)::type;
+    if constexpr (sizeof(Storage) == 2) {
+      if (out == Dtype::float32) return function(storage, TypeTag<float>{});
+    }
+    function(storage, storage);
+  });
+}
+
+}  // namespace
+
+void stablemax_cross_entropy_forward(const CrossEntropyArgs& args) {
+  dispatch_dtype(args.dtype, [&](auto tag) {
+    using Storage = typename decltype(tag)::type;
+    args.labels ? labels_forward<Storage>(args) : probabilities_forward<Storage>(args);
+  });
+}
+
+void stablemax_cross_entropy_backward(const CrossEntropyArgs& args) {
+  dispatch_dtype(args.dtype, [&](auto tag) {
+    using Storage = typename decltype(tag)::type;
+    args.labels ? labels_backward<Storage>(args) : probabilities_backward<Storage>(args);
+  });
+}
+
+void stablemax_cross_entropy_in_place(const CrossEntropyArgs& args) {
+  dispatch_dtype(args.dtype, [&](auto tag) { labels_in_place<typename decltype(tag)::type>(args); });
+}
+
+#define PYREG_STABLEMAX_FORWARD(name, row_function)                                                          \
+  void name(const StablemaxArgs& args) {                                                                     \
+    dispatch_in_out(args.dtype, args.output_dtype, [&](auto in, auto out) {                                  \
+      using In = typename decltype(in)::type;                                                                \
+      using Out = typename decltype(out)::type;                                                              \
+      for_each_row(args.layout, static_cast<const In*>(args.input), args.layout.classes,                     \
+                   static_cast<const In*>(nullptr), static_cast<Out*>(args.output),                          \
+                   [&](int64_t, const auto* x, const auto*, auto* y) { row_function(x, args.layout.classes, y); }); \
+    });                                                                                                      \
+  }
+
+#define PYREG_STABLEMAX_BACKWARD(name, row_function)                                                         \
+  void name(const StablemaxArgs& args) {                                                                     \
+    dispatch_in_out(args.dtype, args.output_dtype, [&](auto in, auto grad) {                                 \
+      using In = typename decltype(in)::type;                                                                \
+      using Grad = typename decltype(grad)::type;                                                            \
+      for_each_row(args.layout, static_cast<const In*>(args.input), args.layout.classes,                     \
+                   static_cast<const Grad*>(args.grad_output), static_cast<In*>(args.output),                \
+                   [&](int64_t, const auto* x, const auto* g, auto* dx) {                                    \
+                     row_function(x, g, args.layout.classes, dx);                                            \
+                   });                                                                                       \
+    });                                                                                                      \
+  }
+
+PYREG_STABLEMAX_FORWARD(stablemax_forward, stablemax_row)
+PYREG_STABLEMAX_FORWARD(log_stablemax_forward, log_stablemax_row)
+PYREG_STABLEMAX_BACKWARD(stablemax_backward, stablemax_row_backward)
+PYREG_STABLEMAX_BACKWARD(log_stablemax_backward, log_stablemax_row_backward)
+
+}  // namespace pyreg::PYREG_ISA

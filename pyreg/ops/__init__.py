@@ -1,0 +1,1 @@
+"""One module an operator: the public function, and its fake, autograd, autocast and vmap rules."""

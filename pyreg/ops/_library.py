@@ -1,0 +1,110 @@
+"""What every ``pyreg/ops/<op>.py`` needs: the operator handles, and one call for fake, autograd and vmap rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyreg import _extension
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def reduction_code(operator: str, reduction: str) -> int:
+    """The schema's integer for a reduction's name."""
+    try:
+        return _REDUCTIONS[reduction]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{operator}: expected reduction to be 'none', 'mean' or 'sum', got {reduction!r}"
+        ) from None
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """The operator ``pyreg::<name>``, or a function that raises the reason why the extension is not there."""
+    if _extension.CPU.error is None:
+        return getattr(torch.ops.pyreg, name).default  # type: ignore[no-any-return]
+    return _extension.CPU.raise_error
+
+
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function gives shapes and dtypes of ``pyreg::<name>`` for tracing."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        if _extension.CPU.error is None:
+            torch.library.register_fake(f"pyreg::{name}")(function)
+        return function
+
+    return register
+
+
+def vmap(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function ``(info, in_dims, *args) -> (outputs, out_dims)`` is the batching rule."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        if _extension.CPU.error is None:
+            torch.library.register_vmap(f"pyreg::{name}")(function)
+        return function
+
+    return register
+
+
+def differentiable(
+    name: str,
+    *,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Gives ``pyreg::<name>`` its gradient and returns the function that public operators call.
+
+    The rule is registered with the operator itself, for tracing (``torch.compile``, ``torch.export``) and for
+    ``torch.func``. Eager calls take the same rule through a plain ``torch.autograd.Function``: the registered one spends
+    tens of microseconds a call in Python.
+    """
+    forward = operator(name)
+    if _extension.CPU.error is not None:
+        return forward
+    torch.library.register_autograd(f"pyreg::{name}", backward, setup_context=setup_context)
+
+    def eager_forward(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward(*args)
+
+    def eager_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs, output)
+
+    eager = type(
+        f"pyreg_{name}",
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(eager_forward),
+            "setup_context": staticmethod(eager_setup_context),
+            "backward": staticmethod(backward),
+        },
+    )
+    apply = eager.apply  # type: ignore[attr-defined]
+    transforms_active = torch._C._are_functorch_transforms_active
+    is_compiling = torch.compiler.is_compiling
+
+    def call(*args: Any) -> Any:
+        if is_compiling() or transforms_active():
+            return forward(*args)
+        return apply(*args)
+
+    return call
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which kernels sum: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def has_kernel(tensor: Tensor) -> bool:
+    """Whether the tensor's device has kernels; the others take the plain PyTorch reference."""
+    return tensor.is_cpu or tensor.is_cuda or tensor.is_meta
+
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -1,0 +1,487 @@
+"""StableMax: the public functions, and how torch traces, differentiates and batches them.
+
+Kernels: ``csrc/stablemax``. Definition, and path of devices without a kernel: :mod:`pyreg.reference.stablemax`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyreg.ops import _library
+from pyreg.reference import stablemax as reference
+
+_PAPER = "arXiv 2501.04697"
+
+
+# ---- public functions ----
+
+
+def stablemax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+    r"""StableMax along ``dim``, in place of :func:`torch.softmax`.
+
+    .. code-block:: text
+
+        s(x) = x + 1  for x >= 0,   1 / (1 - x)  for x < 0
+        stablemax(x)_j = s(x_j) / S,   S = sum_k s(x_k)
+
+    Args:
+        input: any shape; float64, float32, bfloat16 or float16. ``-inf`` masks a class: its share is 0.
+        dim: the dimension that sums to 1.
+        dtype: the dtype of the result, to which the input is cast first; the input's own by default. Under autocast a
+            16-bit input gives float32, as :func:`torch.softmax` does.
+
+    Returns:
+        A contiguous tensor of the input's shape. Sums are kept in float32, in float64 for float64.
+
+    Gradient:
+        ``dx_j = s'(x_j) / S (g_j - sum_k g_k p_k)``, differentiable to any order.
+
+    Raises:
+        TypeError: the input is no tensor of these dtypes.
+        IndexError: ``dim`` is out of range.
+
+    Source: Prieto et al., "Grokking at the Edge of Numerical Stability", arXiv 2501.04697.
+
+    Example:
+        >>> pyreg.functional.stablemax(torch.tensor([0.0, 1.0, -1.0]))
+        tensor([0.2857, 0.5714, 0.1429])
+    """
+    return _rows("stablemax", input, dim, dtype)
+
+
+def log_stablemax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+    r"""The logarithm of :func:`stablemax`, in place of :func:`torch.log_softmax`.
+
+    .. code-block:: text
+
+        log_stablemax(x)_j = log(s(x_j) / S);   of the largest class -log1p((S - s_max) / s_max)
+
+    so that the result keeps its digits however dominant one class is. Arguments, dtypes and errors are those of
+    :func:`stablemax`; a class at ``-inf`` gives ``-inf``.
+
+    Gradient:
+        ``dx_j = (g_j - p_j sum_k g_k) / (1 + |x_j|)``, differentiable to any order.
+
+    Source: arXiv 2501.04697.
+    """
+    return _rows("log_stablemax", input, dim, dtype)
+
+
+def stablemax_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Cross-entropy under StableMax, in place of :func:`torch.nn.functional.cross_entropy`.
+
+    .. code-block:: text
+
+        L = -sum_j q_j log stablemax(x)_j;   for a class index y:  log1p(R / s(x_y)),  R = sum_{k != y} s(x_k)
+
+    The sum leaves the target out, so loss and gradient stay right where the target dominates: float32 gives a correct
+    non-zero gradient at a target logit of 1e12.
+
+    Args:
+        input: logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ..., dk]``; float64, float32, bfloat16 or float16. Logits whose
+            class dimension lies innermost in memory (``[N, T, C].transpose(1, 2)``) are read as they lie.
+        target: class indices ``[]``, ``[N]`` or ``[N, d1, ..., dk]``, int64, or probabilities of the input's shape.
+        weight: class weights ``[C]``, or none.
+        ignore_index: a class index whose rows add nothing to loss and gradient. Class indices only.
+        reduction: ``"mean"`` (over the weights of the targets), ``"sum"`` or ``"none"``.
+        label_smoothing: in ``[0, 1]``.
+
+    Returns:
+        The loss, ``[]``, or the target's shape for ``"none"``; of the input's dtype, float32 for 16-bit logits under
+        autocast. A mean over no row is NaN, as in torch.
+
+    Gradient:
+        ``dL/dx_j = (sum_k q_k) s'(x_j) / S - q_j / (1 + |x_j|)`` with respect to ``input`` and, for probabilities,
+        ``target``, to any order; the first order is fused, higher ones use plain PyTorch. ``weight`` has none.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, options that do not fit; the message says what was expected.
+        IndexError: a class index outside ``[0, C)``. On CUDA it makes that row's loss and gradient NaN instead;
+            ``PYREG_CHECKS=1`` in the environment raises there too, at the price of waiting for the GPU.
+
+    Source: arXiv 2501.04697.
+    """
+    return _cross_entropy(
+        "stablemax_cross_entropy", input, target, weight, ignore_index, reduction, label_smoothing, in_place=False
+    )
+
+
+def stablemax_cross_entropy_(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r""":func:`stablemax_cross_entropy` that spends the logits: their memory receives their gradient.
+
+    Loss and gradient are formed in one pass over the logits and no second ``[N, C]`` tensor exists. ``input`` must be
+    contiguous, and the result of an operation, not a leaf; nothing else may use its values afterwards (autograd
+    notices a backward pass that would). ``target`` holds class indices. Where no gradient is needed, and under
+    ``torch.compile``, the logits are left alone.
+
+    The gradient can be asked for once: a second backward pass (``retain_graph=True``) and second order raise a
+    ``RuntimeError``.
+    """
+    return _cross_entropy(
+        "stablemax_cross_entropy_", input, target, weight, ignore_index, reduction, label_smoothing, in_place=True
+    )
+
+
+# ---- argument checks and shapes ----
+
+
+def _check_float(operator: str, name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _library.FLOAT_DTYPES:
+        raise TypeError(
+            f"{operator}: expected {name} to be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
+            f"convert it with {name}.float()"
+        )
+
+
+def _autocast_dtype(input: Tensor) -> torch.dtype:
+    if input.dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+        return torch.float32
+    return input.dtype
+
+
+def _rows(operator: str, input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+    _check_float(operator, "input", input)
+    rank = max(input.dim(), 1)
+    if not -rank <= dim < rank:
+        raise IndexError(f"{operator}: expected dim in [{-rank}, {rank - 1}] for input {_shape(input)}, got {dim}")
+    if dtype is None:
+        dtype = _autocast_dtype(input)
+    elif dtype != input.dtype and not (input.dtype.itemsize == 2 and dtype == torch.float32):
+        input = input.to(dtype)
+        _check_float(operator, "dtype", input)
+    if not _library.has_kernel(input):
+        return getattr(reference, operator)(input, dim, dtype)  # type: ignore[no-any-return]
+    if input.dim() == 0:
+        return _ROW_OPERATORS[operator](input.reshape(1), 0, dtype).reshape(())  # type: ignore[no-any-return]
+    return _ROW_OPERATORS[operator](input, dim % rank, dtype)  # type: ignore[no-any-return]
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"of shape {list(tensor.shape)}"
+
+
+def _cross_entropy(
+    operator: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    in_place: bool,
+) -> Tensor:
+    _check_float(operator, "input", input)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{operator}: expected target to be a tensor, got {type(target).__name__}")
+    code = _library.reduction_code(operator, reduction)
+    if not label_smoothing <= 1.0:
+        raise ValueError(f"{operator}: expected label_smoothing in [0, 1], got {label_smoothing}")
+    smoothing = float(label_smoothing) if label_smoothing > 0.0 else 0.0  # torch reads a negative value as none
+    labels = _check_target(operator, input, target, ignore_index)
+    if weight is not None:
+        weight = _check_weight(operator, input, weight)
+    if in_place:
+        _check_in_place(operator, input, labels)
+    if not _library.has_kernel(input):
+        return reference.stablemax_cross_entropy(input, target, weight, ignore_index, reduction, smoothing)
+    if labels and target.dtype != torch.int64:
+        target = target.long()
+
+    rows, row_target = _as_rows(input, target, labels)
+    arguments = (rows, row_target, weight, code, ignore_index, smoothing, _autocast_dtype(input))
+    if in_place and rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        loss = _InPlaceCrossEntropy.apply(*arguments)[0]
+    else:
+        loss = _differentiable_cross_entropy(*arguments)[0]
+    if code == 0 and rows is not input:
+        return loss.reshape(target.shape if labels else _without_classes(input))  # type: ignore[no-any-return]
+    return loss  # type: ignore[no-any-return]
+
+
+def _without_classes(input: Tensor) -> tuple[int, ...]:
+    return (input.shape[0], *input.shape[2:]) if input.dim() > 1 else ()
+
+
+def _check_target(operator: str, input: Tensor, target: Tensor, ignore_index: int) -> bool:
+    """Whether the target holds class indices; errors where it fits neither form."""
+    if target.device != input.device:
+        raise ValueError(
+            f"{operator}: expected target on input's device {input.device}, got {target.device}; "
+            f"move it with target.to(input.device)"
+        )
+    if input.dim() == 0:
+        raise ValueError(f"{operator}: expected input of shape [C], [N, C] or [N, C, d1, ..., dk], got a 0-d tensor")
+    if target.shape == input.shape:
+        if not target.is_floating_point():
+            raise TypeError(
+                f"{operator}: target {_shape(target)} equals input's shape and so holds probabilities: expected a "
+                f"floating dtype, got {target.dtype}; class indices have shape {list(_without_classes(input))}"
+            )
+        if ignore_index >= 0:
+            raise ValueError(
+                f"{operator}: ignore_index is for class indices; target holds probabilities, got ignore_index = "
+                f"{ignore_index}. Give the rows to leave out a target of zeros"
+            )
+        return False
+    expected = _without_classes(input)
+    if target.shape != expected:
+        form = "[C]" if input.dim() == 1 else "[N, C]" if input.dim() == 2 else "[N, C, d1, ..., dk]"
+        raise ValueError(
+            f"{operator}: expected target of shape {list(expected)} (class indices) or {list(input.shape)} "
+            f"(probabilities) for input {form} = {list(input.shape)}, got {list(target.shape)}"
+        )
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"{operator}: expected class indices of dtype int64, got {target.dtype}; use target.long()")
+    if input.shape[min(input.dim() - 1, 1)] == 0 and target.numel() > 0:
+        raise ValueError(f"{operator}: expected at least one class, got input {_shape(input)}")
+    return True
+
+
+def _check_weight(operator: str, input: Tensor, weight: Tensor) -> Tensor:
+    """The weights in the accumulation dtype."""
+    _check_float(operator, "weight", weight)
+    classes = input.shape[min(input.dim() - 1, 1)]
+    if weight.shape != (classes,):
+        raise ValueError(f"{operator}: expected weight of shape [C] = [{classes}], got {list(weight.shape)}")
+    if weight.device != input.device:
+        raise ValueError(f"{operator}: expected weight on input's device {input.device}, got {weight.device}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{operator}: weight has no gradient; pass weight.detach()")
+    return weight.to(_library.accumulate_dtype(input.dtype)).contiguous()
+
+
+def _check_in_place(operator: str, input: Tensor, labels: bool) -> None:
+    if not labels:
+        raise ValueError(f"{operator}: expected class indices in target; use stablemax_cross_entropy for probabilities")
+    if not input.is_contiguous():
+        raise ValueError(
+            f"{operator}: expected a contiguous input, whose memory the gradient takes over, got strides "
+            f"{list(input.stride())} for shape {list(input.shape)}; use stablemax_cross_entropy"
+        )
+
+
+def _as_rows(input: Tensor, target: Tensor, labels: bool) -> tuple[Tensor, Tensor]:
+    """Input as [N, C] or [N, C, inner], target to match; views wherever strides allow."""
+    if input.dim() == 2:
+        rows = input
+    elif input.dim() == 1:
+        rows = input.unsqueeze(0)
+        return rows, target.reshape(1) if labels else target.unsqueeze(0)
+    elif input.stride(1) == 1 and (last := input.movedim(1, -1)).is_contiguous():
+        rows = last.reshape(-1, input.shape[1])
+        return rows, target.reshape(-1) if labels else _cast(target, input).movedim(1, -1).reshape(rows.shape)
+    else:
+        rows = input.flatten(2)
+        target = target.flatten(1) if labels else target.flatten(2)
+    return rows, target if labels else _cast(target, input)
+
+
+def _cast(target: Tensor, input: Tensor) -> Tensor:
+    return target if target.dtype == input.dtype else target.to(input.dtype)
+
+
+# ---- gradients ----
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, dim, dtype = inputs
+    ctx.save_for_backward(input)
+    ctx.dim, ctx.dtype = dim, dtype
+
+
+def _rows_backward(operator: str) -> Any:
+    fused = _library.operator(f"{operator}_backward")
+    definition = getattr(reference, operator)
+
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
+        (input,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: higher orders differentiate the definition
+            gradient = _gradient_of(lambda x: definition(x, ctx.dim, ctx.dtype), input, grad_output)
+            return gradient, None, None
+        return fused(grad_output, input, ctx.dim), None, None
+
+    return backward
+
+
+def _gradient_of(function: Any, input: Tensor, grad_output: Tensor) -> Tensor:
+    """The gradient of ``function`` at ``input`` as a differentiable expression."""
+    (gradient,) = torch.autograd.grad(function(input), input, grad_output, create_graph=True)
+    return gradient
+
+
+_ROW_OPERATORS = {
+    name: _library.differentiable(name, setup_context=_setup_rows, backward=_rows_backward(name))
+    for name in ("stablemax", "log_stablemax")
+}
+
+_cross_entropy_backward = _library.operator("stablemax_cross_entropy_backward")
+_cross_entropy_in_place = _library.operator("stablemax_cross_entropy_")
+_REDUCTION_NAMES = ("none", "mean", "sum")
+
+
+def _setup_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, target, weight, *ctx.options, _ = inputs
+    saved = output[1]
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, target, weight, saved)
+
+
+def _backward_cross_entropy(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    input, target, weight, saved = ctx.saved_tensors
+    reduction, ignore_index, smoothing = ctx.options
+    grads: list[Tensor | None] = [None] * 7
+    if grad_loss is None:
+        return tuple(grads)
+    needs_input, needs_target = ctx.needs_input_grad[:2]
+    if torch.is_grad_enabled():  # create_graph: higher orders differentiate the definition
+        wanted = [tensor for tensor, needed in ((input, needs_input), (target, needs_target)) if needed]
+        loss = _definition(input, target, weight, reduction, ignore_index, smoothing).to(grad_loss.dtype)
+        gradients = list(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True))
+        grads[0] = gradients.pop(0) if needs_input else None
+        grads[1] = gradients.pop(0) if needs_target else None
+        return tuple(grads)
+    if needs_input:
+        grads[0] = _cross_entropy_backward(
+            grad_loss, input, target, weight, saved, reduction, ignore_index, smoothing
+        )
+    if needs_target:
+        grads[1] = _probability_gradient(grad_loss, input, weight, reduction, smoothing).to(target.dtype)
+    return tuple(grads)
+
+
+def _definition(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float
+) -> Tensor:
+    """The reference on rows [N, C] or [N, C, inner], in the accumulation dtype."""
+    dtype = _library.accumulate_dtype(input.dtype)
+    return reference.stablemax_cross_entropy(
+        input.to(dtype),
+        target.to(dtype) if target.is_floating_point() else target,
+        weight,
+        ignore_index,
+        _REDUCTION_NAMES[reduction],
+        smoothing,
+    )
+
+
+def _probability_gradient(
+    grad_loss: Tensor, input: Tensor, weight: Tensor | None, reduction: int, smoothing: float
+) -> Tensor:
+    """dL/dt_j = -(1 - smoothing) w_j log p_j."""
+    if reduction == 0:
+        grad_loss = grad_loss.unsqueeze(1)
+    elif reduction == 1:
+        grad_loss = grad_loss / (input.numel() // input.shape[1])
+    gradient = log_stablemax(input, 1, _library.accumulate_dtype(input.dtype)) * (grad_loss * (smoothing - 1))
+    if weight is not None:
+        gradient = gradient * weight.view(-1, *[1] * (input.dim() - 2))
+    return gradient
+
+
+_differentiable_cross_entropy = _library.differentiable(
+    "stablemax_cross_entropy", setup_context=_setup_cross_entropy, backward=_backward_cross_entropy
+)
+
+
+class _InPlaceCrossEntropy(torch.autograd.Function):
+    """The gradient is formed in the forward pass, in the logits' memory."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        loss = _cross_entropy_in_place(input, *arguments)
+        ctx.mark_dirty(input)
+        ctx.reduction = arguments[2]
+        ctx.save_for_backward(input)
+        ctx.spent = False
+        return loss, input
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent or torch.is_grad_enabled():
+            raise RuntimeError(
+                "stablemax_cross_entropy_: its gradient can be asked for once and to first order, for it lies in the "
+                "logits' memory; use stablemax_cross_entropy"
+            )
+        ctx.spent = True
+        (gradient,) = ctx.saved_tensors
+        gradient = gradient.detach()
+        grad_loss = grads[0]
+        if ctx.reduction == 0:
+            gradient.mul_(grad_loss.unsqueeze(1))
+        elif grad_loss.is_cuda or grad_loss.item() != 1:
+            gradient.mul_(grad_loss)
+        return (gradient, *[None] * 6)
+
+
+# ---- tracing ----
+
+
+@_library.fake("stablemax")
+@_library.fake("log_stablemax")
+def _(input: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(input.shape, dtype=dtype, device=input.device)
+
+
+@_library.fake("stablemax_backward")
+@_library.fake("log_stablemax_backward")
+def _(grad_output: Tensor, input: Tensor, dim: int) -> Tensor:
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
+
+
+def _empty_loss(input: Tensor, reduction: int, loss_dtype: torch.dtype) -> Tensor:
+    shape = _without_classes(input) if reduction == 0 else ()
+    return torch.empty(shape, dtype=loss_dtype, device=input.device)
+
+
+@_library.fake("stablemax_cross_entropy")
+def _(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    loss_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    rows = input.numel() // input.shape[1]
+    fields = 4 if target.is_floating_point() else 3  # kSavedFields in stablemax.h
+    saved = torch.empty((fields * rows + 1,), dtype=_library.accumulate_dtype(input.dtype), device=input.device)
+    return _empty_loss(input, reduction, loss_dtype), saved
+
+
+@_library.fake("stablemax_cross_entropy_backward")
+def _(grad_loss: Tensor, input: Tensor, *_: Any) -> Tensor:
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
+
+
+@_library.fake("stablemax_cross_entropy_")
+def _(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    loss_dtype: torch.dtype,
+) -> Tensor:
+    return _empty_loss(input, reduction, loss_dtype)
