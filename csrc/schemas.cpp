@@ -1,7 +1,9 @@
 // Every operator's schema: the library's table of contents. Python (pyreg/ops) adds fake, autograd and vmap rules.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(pyreg, library) {
+#define PYREG_DEFINE(library, variable) STABLE_TORCH_LIBRARY(library, variable)
+
+PYREG_DEFINE(PYREG_LIBRARY, library) {
   // StableMax: csrc/stablemax, pyreg/ops/stablemax.py
   library.def("stablemax(Tensor input, int dim, ScalarType dtype) -> Tensor");
   library.def("stablemax_backward(Tensor grad_output, Tensor input, int dim) -> Tensor");

@@ -61,28 +61,40 @@ PYREG_HOST_DEVICE T log_stable_value(T x) {
 constexpr int kRescaleBits = 64;
 constexpr float kRescale = 0x1p-64f;
 
-// A row's sum S in the forms a loss and its gradient need, from R and s_p (R times kRescale if `rescaled`).
+// A row's sum S in the forms that values and gradients need.
 template <typename A>
 struct RowNormalizer {
-  A inverse_sum;   // 1 / S
-  A rest_share;    // R / S
-  A negative_log;  // -log p_p
+  A scale;            // 1, or kRescale where the plain sum overflows
+  A inverse;          // 1 / (scale S): the share of s is (s * scale) * inverse, in numbers that neither over- nor underflow
+  A inverse_sum;      // 1 / S
+  A pivot_share;      // p_p = s_p / S
+  A rest_share;       // 1 - p_p = R / S
+  A negative_log;     // -log p_p
 };
+
+// From R (times kRescale if `rescaled`) and the pivot's logit. NaN where a logit is NaN or +infinity.
+template <typename A>
+PYREG_HOST_DEVICE A row_sum(A rest, A pivot_logit, A scale) {
+  const A sum = rest + stable_value(pivot_logit) * scale;
+  return sum + (sum - sum);
+}
 
 template <typename A>
 PYREG_HOST_DEVICE A log_row_sum(A rest, A pivot_logit, bool rescaled) {
-  if (!rescaled) return logarithm(rest + stable_value(pivot_logit));
-  return logarithm(rest + stable_value(pivot_logit) * A(kRescale)) + A(kRescaleBits * 0.693147180559945309417);
+  const A sum = row_sum(rest, pivot_logit, rescaled ? A(kRescale) : A(1));
+  return logarithm(sum) + (rescaled ? A(kRescaleBits * 0.693147180559945309417) : A(0));
 }
 
 template <typename A>
 PYREG_HOST_DEVICE RowNormalizer<A> normalize_row(A rest, A pivot_logit, bool rescaled) {
-  const A scale = rescaled ? A(kRescale) : A(1);
-  const A pivot = stable_value(pivot_logit) * scale;
-  const A sum = rest + pivot;
-  const A ratio = rest / pivot;
   RowNormalizer<A> row;
-  row.inverse_sum = scale / sum;
+  row.scale = rescaled ? A(kRescale) : A(1);
+  const A pivot = stable_value(pivot_logit) * row.scale;
+  const A sum = row_sum(rest, pivot_logit, row.scale);
+  const A ratio = rest / pivot;
+  row.inverse = A(1) / sum;
+  row.inverse_sum = row.scale * row.inverse;
+  row.pivot_share = pivot / sum;
   row.rest_share = rest / sum;
   // Where the ratio overflows, the difference of logarithms has no cancellation.
   row.negative_log = ratio < A(1e30f) ? log_one_plus(ratio)
@@ -90,11 +102,25 @@ PYREG_HOST_DEVICE RowNormalizer<A> normalize_row(A rest, A pivot_logit, bool res
   return row;
 }
 
-// log p for one element, from d, s and the row's normalizer. log(s / S) loses nothing where both are large or both are
-// small; where the quotient would underflow, the difference of logarithms has no cancellation.
+// Q p_p - q_p for a distribution of mass Q = rest_mass + pivot_mass, q_p = pivot_mass: where the pivot has most of the sum,
+// from what the others have.
+template <typename A>
+PYREG_HOST_DEVICE A pivot_difference(const RowNormalizer<A>& row, A rest_mass, A pivot_mass) {
+  const A mass = rest_mass + pivot_mass;
+  return row.rest_share < A(0.5f) ? rest_mass - mass * row.rest_share : mass * row.pivot_share - pivot_mass;
+}
+
+// p = s / S
 template <typename T, typename A>
-PYREG_HOST_DEVICE T log_probability(T x, StableTerms<T> terms, A inverse_sum, A log_sum) {
-  const T quotient = stable_value(x, terms) * inverse_sum;
+PYREG_HOST_DEVICE T probability(T x, StableTerms<T> terms, const RowNormalizer<A>& row) {
+  return (stable_value(x, terms) * row.scale) * row.inverse;
+}
+
+// log p. log(s / S) loses nothing where both are large or both are small; where the quotient would underflow, the
+// difference of logarithms has no cancellation.
+template <typename T, typename A>
+PYREG_HOST_DEVICE T log_probability(T x, StableTerms<T> terms, const RowNormalizer<A>& row, A log_sum) {
+  const T quotient = probability(x, terms, row);
   const auto normal = quotient > 1e-30f;
   const T log_argument = logarithm(normal ? quotient : terms.magnitude);
   return normal ? log_argument : (x < 0.0f ? -log_argument : log_argument) - log_sum;
@@ -106,11 +132,11 @@ enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
 // element, the total weight by which a mean divides. With Q = sum_j q_j over the row's target distribution q (class
 // weights and label smoothing included):
 //
-//   dL/dx_j = (Q / S) s'_j - q_j h_j  for j != p,      dL/dx_p = h_p ((Q - q_p) - Q R / S)
+//   dL/dx_j = (Q / S) s'_j - q_j h_j  for j != p,      dL/dx_p = h_p (Q p_p - q_p)
 struct SavedRows {
   enum Field : int64_t {
     sum_gradient = 0,    // Q / S
-    pivot_gradient = 1,  // (Q - q_p) - Q R / S
+    pivot_gradient = 1,  // Q p_p - q_p
     loss = 2,            // the row's loss
     pivot = 3,           // p, the bits of an integer as wide as the element; kept for probability targets
   };

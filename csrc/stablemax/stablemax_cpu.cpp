@@ -165,21 +165,20 @@ PYREG_HOST_DEVICE RowResult<A> label_row_forward(const Storage* x, int64_t n, in
   const A target = options.keep * options.weight_of(label);
   RowResult<A> result;
   result.loss = target * row.negative_log;
-  A mass = target, rest_mass = 0;
+  A rest_mass = 0, pivot_mass = target;
   if (options.spread > 0) {
     const A* weight = options.weight;
     const A log_stable = sum_row(x, n, -1, [=](int64_t j, Vector<A> v) {
-      const Vector<A> term = log_stable_value(v);
-      if (weight) return load_or_zero(weight, j, n) * term;
+      const Vector<A> term = weight ? load_or_zero(weight, j, n) * log_stable_value(v) : log_stable_value(v);
       return j + kLanes<A> <= n ? term : without_tail<A>(term, static_cast<int>(n - j));
     });
     const A log_sum = log_row_sum(sum.rest, logit, sum.rescaled);
     result.loss += options.spread * (options.weight_sum * log_sum - log_stable);
     rest_mass = options.spread * (options.weight_sum - options.weight_of(label));
-    mass += options.spread * options.weight_sum;
+    pivot_mass += options.spread * options.weight_of(label);
   }
-  result.sum_gradient = mass * row.inverse_sum;
-  result.pivot_gradient = rest_mass - mass * row.rest_share;
+  result.sum_gradient = (rest_mass + pivot_mass) * row.inverse_sum;
+  result.pivot_gradient = pivot_difference(row, rest_mass, pivot_mass);
   return result;
 }
 
@@ -378,13 +377,13 @@ RowResult<A> probability_row_forward(const Storage* x, const Probability* t, int
       sum_row(x, n, pivot, [=, &options](int64_t j, Vector<A>) { return target_mass(t, j, n, options); });
   const A rest_loss = sum_row(x, n, pivot, [=, &options](int64_t j, Vector<A> v) {
     const Vector<A> q = target_mass(t, j, n, options);
-    const Vector<A> log_p = log_probability(v, stable_terms(v), row.inverse_sum, log_sum);
+    const Vector<A> log_p = log_probability(v, stable_terms(v), row, log_sum);
     return j + kLanes<A> <= n ? -q * log_p : without_tail<A>(-q * log_p, static_cast<int>(n - j));
   });
   const A pivot_mass =
       (options.keep * ::pyreg::widen(t[pivot]) + options.spread) * options.weight_of(pivot);
-  const A mass = rest_mass + pivot_mass;
-  return {rest_loss + pivot_mass * row.negative_log, mass * row.inverse_sum, rest_mass - mass * row.rest_share};
+  return {rest_loss + pivot_mass * row.negative_log, (rest_mass + pivot_mass) * row.inverse_sum,
+          pivot_difference(row, rest_mass, pivot_mass)};
 }
 
 template <typename Storage, typename Probability, typename Out, typename A = Accumulate<Storage>>
@@ -439,9 +438,10 @@ template <typename Storage, typename Out, typename A = Accumulate<Storage>>
 void stablemax_row(const Storage* x, int64_t n, Out* out) {
   const int64_t pivot = 0;
   const RowSum<A> sum = sum_rest(x, n, pivot);
-  const A inverse_sum = normalize_row(sum.rest, ::pyreg::widen(x[pivot]), sum.rescaled).inverse_sum;
+  const RowNormalizer<A> row = normalize_row(sum.rest, ::pyreg::widen(x[pivot]), sum.rescaled);
   for (int64_t j = 0; j < n; j += kLanes<A>) {
-    store_lanes<Out, A>(out, j, n, stable_value(load_logits(x, j, n)) * inverse_sum);
+    const Vector<A> v = load_logits(x, j, n);
+    store_lanes<Out, A>(out, j, n, probability(v, stable_terms(v), row));
   }
 }
 
@@ -453,7 +453,7 @@ void stablemax_row_backward(const Storage* x, const Grad* g, int64_t n, Out* out
   const RowNormalizer<A> row = normalize_row(sum.rest, ::pyreg::widen(x[pivot]), sum.rescaled);
   const A pivot_grad = ::pyreg::widen(g[pivot]);
   const A rest = sum_row(x, n, pivot, [=](int64_t j, Vector<A> v) {
-    return (load_or_zero(g, j, n) - pivot_grad) * (stable_value(v) * row.inverse_sum);
+    return (load_or_zero(g, j, n) - pivot_grad) * probability(v, stable_terms(v), row);
   });
   const Vector<A> factor = broadcast(row.inverse_sum);
   for (int64_t j = 0; j < n; j += kLanes<A>) {
@@ -472,12 +472,12 @@ void log_stablemax_row(const Storage* x, int64_t n, Out* out) {
   const A log_sum = log_row_sum(sum.rest, logit, sum.rescaled);
   for (int64_t j = 0; j < n; j += kLanes<A>) {
     const Vector<A> v = load_logits(x, j, n);
-    store_lanes<Out, A>(out, j, n, log_probability(v, stable_terms(v), row.inverse_sum, log_sum));
+    store_lanes<Out, A>(out, j, n, log_probability(v, stable_terms(v), row, log_sum));
   }
   out[pivot] = ::pyreg::narrow<Out>(-row.negative_log);
 }
 
-// dx_j = h_j (g_j - G p_j), G = sum_k g_k; at the pivot G - g_p is summed without p.
+// dx_j = h_j (g_j - G p_j), G = sum_k g_k
 template <typename Storage, typename Grad, typename Out, typename A = Accumulate<Storage>>
 void log_stablemax_row_backward(const Storage* x, const Grad* g, int64_t n, Out* out) {
   const int64_t pivot = largest(x, n);
@@ -485,14 +485,14 @@ void log_stablemax_row_backward(const Storage* x, const Grad* g, int64_t n, Out*
   const A logit = ::pyreg::widen(x[pivot]);
   const RowNormalizer<A> row = normalize_row(sum.rest, logit, sum.rescaled);
   const A rest_grad = sum_row(x, n, pivot, [=](int64_t j, Vector<A>) { return load_or_zero(g, j, n); });
-  const A total_grad = rest_grad + ::pyreg::widen(g[pivot]);
-  const Vector<A> factor = broadcast(total_grad * row.inverse_sum);
+  const A pivot_grad = ::pyreg::widen(g[pivot]);
+  const Vector<A> factor = broadcast((rest_grad + pivot_grad) * row.inverse_sum);
   for (int64_t j = 0; j < n; j += kLanes<A>) {
     const Vector<A> v = load_logits(x, j, n);
     const auto terms = stable_terms(v);
     store_lanes<Out, A>(out, j, n, load_or_zero(g, j, n) * terms.slope - stable_derivative(v, terms, factor));
   }
-  out[pivot] = ::pyreg::narrow<Out>(stable_terms(logit).slope * (total_grad * row.rest_share - rest_grad));
+  out[pivot] = ::pyreg::narrow<Out>(stable_terms(logit).slope * -pivot_difference(row, rest_grad, pivot_grad));
 }
 
 // Calls function(storage, out) with the types of a 16-bit input that may give float32, or of an input that keeps its own.

@@ -30,8 +30,8 @@ def stablemax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) ->
     Args:
         input: any shape; float64, float32, bfloat16 or float16. ``-inf`` masks a class: its share is 0.
         dim: the dimension that sums to 1.
-        dtype: the dtype of the result, to which the input is cast first; the input's own by default. Under autocast a
-            16-bit input gives float32, as :func:`torch.softmax` does.
+        dtype: the dtype of the result, to which the input is cast first; the input's own by default. Under CUDA's
+            autocast a 16-bit input gives float32, as :func:`torch.softmax` does.
 
     Returns:
         A contiguous tensor of the input's shape. Sums are kept in float32, in float64 for float64.
@@ -164,7 +164,7 @@ def _rows(operator: str, input: Tensor, dim: int, dtype: torch.dtype | None) -> 
     if not -rank <= dim < rank:
         raise IndexError(f"{operator}: expected dim in [{-rank}, {rank - 1}] for input {_shape(input)}, got {dim}")
     if dtype is None:
-        dtype = _autocast_dtype(input)
+        dtype = _autocast_dtype(input) if input.is_cuda else input.dtype
     elif dtype != input.dtype and not (input.dtype.itemsize == 2 and dtype == torch.float32):
         input = input.to(dtype)
         _check_float(operator, "dtype", input)
@@ -209,7 +209,7 @@ def _cross_entropy(
     rows, row_target = _as_rows(input, target, labels)
     arguments = (rows, row_target, weight, code, ignore_index, smoothing, _autocast_dtype(input))
     if in_place and rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        loss = _InPlaceCrossEntropy.apply(*arguments)[0]
+        loss = _InPlaceCrossEntropy.apply(*arguments)
     else:
         loss = _differentiable_cross_entropy(*arguments)[0]
     if code == 0 and rows is not input:
@@ -272,6 +272,11 @@ def _check_weight(operator: str, input: Tensor, weight: Tensor) -> Tensor:
 def _check_in_place(operator: str, input: Tensor, labels: bool) -> None:
     if not labels:
         raise ValueError(f"{operator}: expected class indices in target; use stablemax_cross_entropy for probabilities")
+    if input.is_leaf and input.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operator}: expected the result of an operation, whose memory the gradient takes over, got a leaf that "
+            f"requires grad; use stablemax_cross_entropy"
+        )
     if not input.is_contiguous():
         raise ValueError(
             f"{operator}: expected a contiguous input, whose memory the gradient takes over, got strides "
@@ -310,22 +315,26 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _rows_backward(operator: str) -> Any:
     fused = _library.operator(f"{operator}_backward")
-    definition = getattr(reference, operator)
 
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
         (input,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: higher orders differentiate the definition
-            gradient = _gradient_of(lambda x: definition(x, ctx.dim, ctx.dtype), input, grad_output)
-            return gradient, None, None
-        return fused(grad_output, input, ctx.dim), None, None
+        if not torch.is_grad_enabled():
+            return fused(grad_output, input, ctx.dim), None, None
+        # create_graph: the gradient as an expression of differentiable operators
+        share = stablemax(input, ctx.dim, ctx.dtype)
+        slope = _slope(input.to(ctx.dtype))
+        if operator == "stablemax":
+            gradient = slope * share * (grad_output - (grad_output * share).sum(ctx.dim, keepdim=True))
+        else:
+            gradient = slope * (grad_output - share * grad_output.sum(ctx.dim, keepdim=True))
+        return gradient.to(input.dtype), None, None
 
     return backward
 
 
-def _gradient_of(function: Any, input: Tensor, grad_output: Tensor) -> Tensor:
-    """The gradient of ``function`` at ``input`` as a differentiable expression."""
-    (gradient,) = torch.autograd.grad(function(input), input, grad_output, create_graph=True)
-    return gradient
+def _slope(input: Tensor) -> Tensor:
+    """h = d log s / dx"""
+    return 1 / (1 + input.abs())
 
 
 _ROW_OPERATORS = {
@@ -335,7 +344,6 @@ _ROW_OPERATORS = {
 
 _cross_entropy_backward = _library.operator("stablemax_cross_entropy_backward")
 _cross_entropy_in_place = _library.operator("stablemax_cross_entropy_")
-_REDUCTION_NAMES = ("none", "mean", "sum")
 
 
 def _setup_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -353,49 +361,42 @@ def _backward_cross_entropy(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple
     if grad_loss is None:
         return tuple(grads)
     needs_input, needs_target = ctx.needs_input_grad[:2]
-    if torch.is_grad_enabled():  # create_graph: higher orders differentiate the definition
-        wanted = [tensor for tensor, needed in ((input, needs_input), (target, needs_target)) if needed]
-        loss = _definition(input, target, weight, reduction, ignore_index, smoothing).to(grad_loss.dtype)
-        gradients = list(torch.autograd.grad(loss, wanted, grad_loss, create_graph=True))
-        grads[0] = gradients.pop(0) if needs_input else None
-        grads[1] = gradients.pop(0) if needs_target else None
-        return tuple(grads)
-    if needs_input:
+    if needs_input and not torch.is_grad_enabled():
         grads[0] = _cross_entropy_backward(
             grad_loss, input, target, weight, saved, reduction, ignore_index, smoothing
         )
-    if needs_target:
-        grads[1] = _probability_gradient(grad_loss, input, weight, reduction, smoothing).to(target.dtype)
+        needs_input = False
+    if needs_input or needs_target:
+        # Expressions of differentiable operators: for create_graph, and for the gradient of probabilities.
+        x = input.to(saved.dtype)
+        scale = grad_loss.unsqueeze(1) if reduction == 0 else grad_loss
+        if reduction == 1:
+            scale = scale / saved[-1]
+        if needs_input:
+            q = _target_distribution(target, x, weight, ignore_index, smoothing)
+            gradient = scale * _slope(x) * (q.sum(1, keepdim=True) * stablemax(x, 1) - q)
+            grads[0] = gradient.to(input.dtype)
+        if needs_target:
+            grads[1] = _weighted((smoothing - 1) * scale * log_stablemax(x, 1), weight).to(target.dtype)
     return tuple(grads)
 
 
-def _definition(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, smoothing: float
+def _target_distribution(
+    target: Tensor, input: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
 ) -> Tensor:
-    """The reference on rows [N, C] or [N, C, inner], in the accumulation dtype."""
-    dtype = _library.accumulate_dtype(input.dtype)
-    return reference.stablemax_cross_entropy(
-        input.to(dtype),
-        target.to(dtype) if target.is_floating_point() else target,
-        weight,
-        ignore_index,
-        _REDUCTION_NAMES[reduction],
-        smoothing,
-    )
+    """q of ``L = -sum_j q_j log p_j``, weights and smoothing included, in input's shape and dtype."""
+    if target.is_floating_point():
+        counts, chosen = None, target.to(input.dtype)
+    else:
+        counts = (target != ignore_index).unsqueeze(1)
+        chosen = torch.zeros_like(input).scatter(1, target.unsqueeze(1).where(counts, 0), 1.0)
+    q = _weighted((1 - smoothing) * chosen + smoothing / input.shape[1], weight)
+    return q if counts is None else q * counts
 
 
-def _probability_gradient(
-    grad_loss: Tensor, input: Tensor, weight: Tensor | None, reduction: int, smoothing: float
-) -> Tensor:
-    """dL/dt_j = -(1 - smoothing) w_j log p_j."""
-    if reduction == 0:
-        grad_loss = grad_loss.unsqueeze(1)
-    elif reduction == 1:
-        grad_loss = grad_loss / (input.numel() // input.shape[1])
-    gradient = log_stablemax(input, 1, _library.accumulate_dtype(input.dtype)) * (grad_loss * (smoothing - 1))
-    if weight is not None:
-        gradient = gradient * weight.view(-1, *[1] * (input.dim() - 2))
-    return gradient
+def _weighted(values: Tensor, weight: Tensor | None) -> Tensor:
+    """``values [N, C, ...]`` times class weights ``[C]``."""
+    return values if weight is None else values * weight.view(-1, *[1] * (values.dim() - 2))
 
 
 _differentiable_cross_entropy = _library.differentiable(
@@ -407,25 +408,22 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
     """The gradient is formed in the forward pass, in the logits' memory."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, input: Tensor, *arguments: Any) -> Tensor:
         loss = _cross_entropy_in_place(input, *arguments)
-        ctx.mark_dirty(input)
+        # Whatever else saved the logits' values for its own backward pass will say that they have changed.
+        torch.autograd.graph.increment_version(input)
         ctx.reduction = arguments[2]
-        ctx.save_for_backward(input)
-        ctx.spent = False
-        return loss, input
+        ctx.gradient = input.detach()
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.spent or torch.is_grad_enabled():
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradient is None or torch.is_grad_enabled():
             raise RuntimeError(
                 "stablemax_cross_entropy_: its gradient can be asked for once and to first order, for it lies in the "
                 "logits' memory; use stablemax_cross_entropy"
             )
-        ctx.spent = True
-        (gradient,) = ctx.saved_tensors
-        gradient = gradient.detach()
-        grad_loss = grads[0]
+        gradient, ctx.gradient = ctx.gradient, None
         if ctx.reduction == 0:
             gradient.mul_(grad_loss.unsqueeze(1))
         elif grad_loss.is_cuda or grad_loss.item() != 1:
@@ -485,3 +483,115 @@ def _(
     loss_dtype: torch.dtype,
 ) -> Tensor:
     return _empty_loss(input, reduction, loss_dtype)
+
+
+# ---- batching ----
+
+
+def _at_front(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """The tensor with its batch dimension first; one that has none is expanded."""
+    if tensor is None:
+        return None
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _vmap_rows(operator: str) -> None:
+    forward, backward = _library.operator(operator), _library.operator(f"{operator}_backward")
+
+    @_library.vmap(operator)
+    def _(info: Any, in_dims: Any, input: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+        return forward(input.movedim(in_dims[0], 0), dim + 1, dtype), 0
+
+    @_library.vmap(f"{operator}_backward")
+    def _(info: Any, in_dims: Any, grad_output: Tensor, input: Tensor, dim: int) -> tuple[Tensor, int]:
+        grad_output, input = (
+            _at_front(tensor, in_dims[index], info.batch_size) for index, tensor in enumerate((grad_output, input))
+        )
+        return backward(grad_output, input, dim + 1), 0
+
+
+for _name in _ROW_OPERATORS:
+    _vmap_rows(_name)
+
+
+@_library.vmap("stablemax_cross_entropy")
+def _(
+    info: Any,
+    in_dims: Any,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    loss_dtype: torch.dtype,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """The samples of the batch become rows of one call; their losses are reduced sample by sample."""
+    size = info.batch_size
+    _refuse_batched_weight(in_dims)
+    input, target = _at_front(input, in_dims[0], size), _at_front(target, in_dims[1], size)
+    losses, saved = _library.operator("stablemax_cross_entropy")(
+        input.flatten(0, 1), target.flatten(0, 1), weight, 0, ignore_index, label_smoothing, loss_dtype
+    )
+    rows = losses.numel() // size
+    total = _row_weights(target, weight, ignore_index, saved.dtype).reshape(size, -1).sum(1)
+    # [fields, size * rows] + [1]  ->  size x ([fields, rows] + [1])
+    saved = saved[:-1].reshape(-1, size, rows).transpose(0, 1).flatten(1)
+    saved = torch.cat([saved, total.unsqueeze(1)], 1)
+    if reduction == 0:
+        return (losses.reshape(size, *_without_classes(input[0])), saved), (0, 0)
+    row_losses = saved[:, 2 * rows : 3 * rows].sum(1)  # the field SavedRows::loss, not yet rounded to the loss dtype
+    loss = row_losses / total if reduction == 1 else row_losses
+    return (loss.to(loss_dtype), saved), (0, 0)
+
+
+@_library.vmap("stablemax_cross_entropy_backward")
+def _(
+    info: Any,
+    in_dims: Any,
+    grad_loss: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    saved: Tensor,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, int]:
+    size = info.batch_size
+    _refuse_batched_weight(in_dims[1:])
+    grad_loss, input, target, saved = (
+        _at_front(tensor, dim, size)
+        for tensor, dim in zip((grad_loss, input, target, saved), (*in_dims[:3], in_dims[4]), strict=True)
+    )
+    if reduction == 1:
+        grad_loss = grad_loss / saved[:, -1]
+    if reduction != 0:
+        rows = _without_classes(input[0])
+        grad_loss = grad_loss.reshape(size, *[1] * len(rows)).expand(size, *rows)
+    fields = (saved.shape[1] - 1) // (grad_loss.numel() // size)
+    saved = torch.cat([saved[:, :-1].reshape(size, fields, -1).transpose(0, 1).flatten(), saved[0, -1:]])
+    gradient = _cross_entropy_backward(
+        grad_loss.flatten(0, 1).contiguous(),
+        input.flatten(0, 1),
+        target.flatten(0, 1),
+        weight,
+        saved,
+        0,
+        ignore_index,
+        label_smoothing,
+    )
+    return gradient.reshape(input.shape), 0
+
+
+def _row_weights(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """What each row of class indices adds to a mean's divisor; 1 for a row of probabilities ``[size, N, C, ...]``."""
+    if target.is_floating_point():
+        return torch.ones_like(target.select(2, 0), dtype=dtype)
+    counts = target != ignore_index
+    return counts.to(dtype) if weight is None else weight[target.where(counts, 0)] * counts
+
+
+def _refuse_batched_weight(in_dims: Any) -> None:
+    if in_dims[2] is not None:
+        raise ValueError("stablemax_cross_entropy: vmap over weight is not supported; map over input and target")

@@ -1,0 +1,279 @@
+"""Workloads, contenders, and the interleaved runner.
+
+A workload is one operator on one kind of input; its contenders do the same work in different ways, and its floor is one
+of them. Contenders take turns in an order shuffled anew in every round, so that whatever else the machine does meets
+all of them, and each reports the median, the 20th and the 80th percentile of its samples. Inputs are rotated through
+more memory than the last cache holds, unless the real use finds them in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .machine import cache_bytes, core_count
+from .memory import launch_count, peak_extra_bytes
+
+OURS = "ours"
+FLOOR = "floor"
+
+SAMPLE_SECONDS = 2e-3  # a sample is as many calls as fill this: the clock and the loop are then below 0.1 %
+LONG_CALL_SECONDS = 1.0  # a first call of this length gains nothing from a warm-up: it counts as a sample
+WARM_UP_SECONDS = 0.1
+MIN_SAMPLES = 3
+MAX_SAMPLES = 60
+# After a parallel loop of torch its worker threads spin for some milliseconds, ready for the next one. They would hold
+# the core that a thread of the floor needs.
+SPIN_SECONDS = 0.02
+ROTATED_BYTES = 1280 << 20  # at most this much memory for the input sets of one workload
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the work. `prepare` takes one set of inputs and returns the call to be timed, compiled where it
+    compiles. With `consumes_inputs` the call is prepared anew, untimed, before every sample. Slow contenders, in
+    seconds a call or to compile, are left out of quick runs."""
+
+    name: str
+    prepare: Callable[[Any], Call]
+    slow: bool = False
+    consumes_inputs: bool = False
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`make_inputs` returns tensors, nested in tuples and lists as the contenders like them. `cached`: in real use the
+    inputs have just been computed and are small, so one set is used over and over."""
+
+    operator: str
+    name: str
+    dtype: str
+    device: str
+    make_inputs: Callable[[torch.Generator], Any]
+    contenders: list[Contender]
+    cached: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.operator} {self.name} {self.dtype}"
+
+
+@dataclass
+class Measurement:
+    """What one contender did on one workload: seconds a call, or the error that stopped it."""
+
+    operator: str
+    workload: str
+    dtype: str
+    device: str
+    contender: str
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    launches: int | None = None
+    error: str | None = None
+
+    def percentile(self, percent: float) -> float:
+        return torch.tensor(self.seconds, dtype=torch.float64).quantile(percent / 100).item()
+
+    @property
+    def median(self) -> float:
+        return self.percentile(50)
+
+    @property
+    def spread(self) -> float:
+        """The 80th percentile over the 20th."""
+        return self.percentile(80) / self.percentile(20)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The time that each contender may spend on its samples; `MIN_SAMPLES` are taken whatever they cost."""
+
+    seconds: float = 2.5
+    skip_slow: bool = False
+
+
+FULL = Settings()
+QUICK = Settings(seconds=0.4, skip_slow=True)
+
+
+def discover(device: str, operators: Iterable[str] = (), smoke: bool = False) -> list[Workload]:
+    """The workloads of every `bench_<op>.py` for a device; of the operators whose names contain one of `operators`."""
+    modules = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
+    found = [w for name in modules for w in importlib.import_module(f".{name}", __package__).workloads(device, smoke)]
+    wanted = list(operators)
+    unknown = [word for word in wanted if not any(word in workload.operator for workload in found)]
+    if unknown:
+        known = ", ".join(sorted({workload.operator for workload in found}))
+        raise ValueError(f"bench: no operator named {', '.join(unknown)} on {device}; there are: {known}")
+    return [w for w in found if not wanted or any(word in w.operator for word in wanted)]
+
+
+@functools.cache
+def compiled(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+    """`torch.compile(function)`, one and the same for all input sets, and not before a contender needs it."""
+    return torch.compile(function, dynamic=dynamic)
+
+
+def set_up_process() -> None:
+    torch.set_num_threads(core_count())
+
+
+def run(
+    workload: Workload, settings: Settings = FULL, on_step: Callable[[str], None] = lambda step: None
+) -> list[Measurement]:
+    """Measures all contenders of one workload, in turns."""
+    inputs = input_sets(workload)
+    contenders = [c for c in workload.contenders if not (settings.skip_slow and c.slow)]
+    runners = [Runner(workload, contender, inputs, settings.seconds) for contender in contenders]
+    for runner in runners:
+        on_step(f"{runner.contender.name}: warm-up")
+        runner.warm_up()
+
+    gc.collect()
+    gc.disable()  # a collection in the middle of a sample would be somebody's bad luck
+    try:
+        for runner in turns({runner: runner.samples_left for runner in runners}):
+            on_step(runner.contender.name)
+            runner.take_sample()
+    finally:
+        gc.enable()
+    torch.compiler.reset()  # compiled code of this workload's shapes counts against the limit of the next one's
+    return [runner.result for runner in runners]
+
+
+def turns(samples: dict[Any, int], seed: int = 0) -> Iterator[Any]:
+    """Every key as often as its number says, in shuffled rounds; one with few turns has them evenly over the rounds."""
+    rounds = max(samples.values(), default=0)
+    shuffle = random.Random(seed).shuffle
+    for i in range(rounds):
+        due = [key for key, count in samples.items() if (i + 1) * count // rounds > i * count // rounds]
+        shuffle(due)
+        yield from due
+
+
+def plan(estimate: float, seconds: float) -> tuple[int, int]:
+    """(samples, calls in each sample) for a call that takes `estimate` seconds."""
+    calls = max(1, math.ceil(SAMPLE_SECONDS / max(estimate, 1e-9)))
+    samples = int(seconds / (estimate * calls)) if estimate > 0 else MAX_SAMPLES
+    return min(max(samples, MIN_SAMPLES), MAX_SAMPLES), calls
+
+
+def input_sets(workload: Workload) -> list[Any]:
+    """As many sets of inputs as exceed the last cache, made from one fixed seed."""
+    generator = torch.Generator(workload.device).manual_seed(0)
+    sets = [workload.make_inputs(generator)]
+    size = max(input_bytes(sets[0]), 1)
+    if not workload.cached:
+        count = min(cache_bytes(workload.device) // size + 1, ROTATED_BYTES // size)
+        sets += [workload.make_inputs(generator) for _ in range(count - 1)]
+    return sets
+
+
+def input_bytes(inputs: Any) -> int:
+    """The bytes of all tensors in nested tuples and lists, and of their gradients."""
+    if isinstance(inputs, torch.Tensor):
+        return inputs.nbytes + (inputs.grad.nbytes if inputs.grad is not None else 0)
+    return sum(input_bytes(one) for one in inputs)
+
+
+class Runner:
+    """One contender on its workload: prepared calls on every input set, and what was measured so far."""
+
+    def __init__(self, workload: Workload, contender: Contender, inputs: list[Any], seconds: float) -> None:
+        self.contender = contender
+        self.samples_left = 0
+        self.result = Measurement(workload.operator, workload.name, workload.dtype, workload.device, contender.name)
+        self._inputs = inputs
+        self._input_bytes = input_bytes(inputs[0])
+        self._seconds = seconds
+        self._calls: list[Call | None] = [None] * len(inputs)
+        self.calls_per_sample = 1
+        self._next = 0
+
+    def warm_up(self) -> None:
+        """Learns what a call costs and what memory it takes; a contender that fails here is out, with its reason."""
+        try:
+            first = self._measure_memory()
+            if first >= LONG_CALL_SECONDS:
+                samples, self.calls_per_sample = plan(first, self._seconds)
+                self.result.seconds.append(first)
+                self.samples_left = samples - 1
+                return
+            times = [first]
+            while sum(times) - first < WARM_UP_SECONDS:
+                times.append(self._time(calls=1))
+            self._measure_memory()
+            self.samples_left, self.calls_per_sample = plan(min(times), self._seconds)
+        except Exception as error:
+            self._fail(error)
+
+    def take_sample(self) -> None:
+        if self.result.error is not None:
+            return
+        try:
+            self.result.seconds.append(self._time(self.calls_per_sample))
+        except Exception as error:
+            self._fail(error)
+
+    def _measure_memory(self) -> float:
+        """One call; its seconds are right, because the clock runs inside of the memory measurement."""
+        seconds: list[float] = []
+        call = self.prepare(1)[0]
+        device = self.result.device
+        timed = lambda: seconds.append(_elapsed([call], device))  # noqa: E731
+        self.result.peak_bytes = peak_extra_bytes(timed, device, self._input_bytes)
+        if device == "cuda":
+            self.result.launches = launch_count(self.prepare(1)[0])
+        return seconds[0]
+
+    def _time(self, calls: int) -> float:
+        prepared = self.prepare(calls)
+        if self.contender.name == FLOOR:
+            time.sleep(SPIN_SECONDS)
+        return _elapsed(prepared, self.result.device) / calls
+
+    def prepare(self, count: int) -> list[Call]:
+        """The next `count` calls, through the input sets in turn."""
+        sets = [(self._next + i) % len(self._inputs) for i in range(count)]
+        self._next += count
+        for i in set(sets):
+            if self._calls[i] is None or self.contender.consumes_inputs:
+                self._calls[i] = None  # the old copy is freed before the new one is made
+                self._calls[i] = self.contender.prepare(self._inputs[i])
+        prepared = [self._calls[i] for i in sets]
+        if self.contender.consumes_inputs:
+            self._calls = [None] * len(self._calls)
+        return prepared  # type: ignore[return-value]
+
+    def _fail(self, error: Exception) -> None:
+        self.samples_left = 0
+        self.result.seconds.clear()
+        self.result.error = f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _elapsed(calls: list[Call], device: str) -> float:
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - begin

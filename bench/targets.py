@@ -1,0 +1,95 @@
+"""Targets: what `targets.toml` asks for, and whether one run reached it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .harness import OURS, Measurement
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+MET = "met"
+MISSED = "missed"
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Exactly one of `faster`, `within` and `launches` is given; see `targets.toml`."""
+
+    operator: str
+    workload: str
+    dtype: str
+    device: str
+    against: str | None = None
+    faster: float | None = None
+    within: float | None = None
+    launches: int | None = None
+
+    def __post_init__(self) -> None:
+        limits = [limit for limit in (self.faster, self.within, self.launches) if limit is not None]
+        if len(limits) != 1 or (self.against is None) != (self.launches is not None):
+            raise ValueError(
+                f"targets.toml: {self.operator} {self.workload} needs `against` with either `faster` or `within`,"
+                " or `launches` alone"
+            )
+
+    def __str__(self) -> str:
+        if self.launches is not None:
+            return f"at most {self.launches} launches"
+        return f"{self.faster:g} x faster" if self.faster is not None else f"within {self.within:g} x"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`value` is the speed-up, the ratio to the contender or the number of launches, as the target counts; `noise` is
+    the larger spread of the two times compared."""
+
+    target: Target
+    status: str
+    value: float | None = None
+    reason: str = ""
+    noise: float = 1.0
+
+
+def load() -> list[Target]:
+    with Path(__file__).with_name("targets.toml").open("rb") as file:
+        return [Target(**entry) for entry in tomllib.load(file)["target"]]
+
+
+def judge(targets: Iterable[Target], measurements: Iterable[Measurement]) -> list[Verdict]:
+    """A verdict for each target whose workload is among the measurements. Where ours failed, the target is missed."""
+    by_key = {(m.operator, m.workload, m.dtype, m.device, m.contender): m for m in measurements}
+    verdicts = []
+    for target in targets:
+        key = (target.operator, target.workload, target.dtype, target.device)
+        if not any(measured[:4] == key for measured in by_key):
+            continue
+        verdicts.append(_judge_one(target, by_key.get((*key, OURS)), by_key.get((*key, target.against or OURS))))
+    return verdicts
+
+
+def _judge_one(target: Target, ours: Measurement | None, other: Measurement | None) -> Verdict:
+    if ours is None:
+        return Verdict(target, NOT_MEASURED, reason="ours was not run")
+    if ours.error is not None:
+        return Verdict(target, MISSED, reason=f"ours failed: {ours.error}")
+    if target.launches is not None:
+        if ours.launches is None:
+            return Verdict(target, NOT_MEASURED, reason="launches were not counted")
+        return Verdict(target, MET if ours.launches <= target.launches else MISSED, ours.launches)
+    if other is None:
+        return Verdict(target, NOT_MEASURED, reason=f"{target.against} was not run")
+    if other.error is not None:
+        return Verdict(target, NOT_MEASURED, reason=f"{target.against} failed: {other.error}")
+    noise = max(ours.spread, other.spread)
+    if target.faster is not None:
+        speedup = other.median / ours.median
+        return Verdict(target, MET if speedup >= target.faster else MISSED, speedup, noise=noise)
+    ratio = ours.median / other.median
+    return Verdict(target, MET if target.within is not None and ratio <= target.within else MISSED, ratio, noise=noise)

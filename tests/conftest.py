@@ -1,0 +1,97 @@
+"""Where operators run in the tests, and what a run did not check.
+
+``--backend`` chooses the kernels that the ``device`` fixture stands for:
+
+- ``cpu`` (always run) and ``cuda`` (run where torch sees a GPU);
+- ``cuda_on_cpu``: the project's CUDA kernels, compiled for the emulation in ``tests/cuda_on_cpu``, take the place of the
+  CPU kernels of the same operators, so that the same test bodies run them without a GPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", default="auto", choices=("auto", "cpu", "cuda", "cuda_on_cpu"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "large: too big for emulated CUDA kernels; deselected with cuda_on_cpu")
+    config.addinivalue_line("markers", "cpu_only: about the CPU kernels alone")
+
+
+def _backends(config: pytest.Config) -> list[str]:
+    chosen = config.getoption("--backend")
+    if chosen != "auto":
+        return [chosen]
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        backends = _backends(metafunc.config)
+        if metafunc.definition.get_closest_marker("cpu_only"):
+            backends = [backend for backend in backends if backend == "cpu"]
+        metafunc.parametrize("device", backends, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The emulated lane runs every test that takes a device, but the large ones."""
+    if config.getoption("--backend") != "cuda_on_cpu":
+        return
+    chosen = [
+        item
+        for item in items
+        if "device" in getattr(item, "fixturenames", ())
+        and hasattr(item, "callspec")
+        and "device" in item.callspec.params
+        and not item.get_closest_marker("large")
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def _emulated_kernels() -> Iterator[None]:
+    from tests.cuda_on_cpu.operators import load_operators
+
+    names = load_operators()
+    library = torch.library.Library("pyreg", "IMPL", "CPU")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Oo]verriding a previously registered kernel.*")
+        for name in names:
+            library.impl(name, getattr(torch.ops.pyreg_cuda_on_cpu, name).default, allow_override=True)
+    yield
+    library._destroy()
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device whose kernels the test runs; ``cpu`` for emulated CUDA kernels."""
+    if request.param == "cuda_on_cpu":
+        request.getfixturevalue("_emulated_kernels")
+        return torch.device("cpu")
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how much was skipped, and why, in one place."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        for report in skipped
+    )
+    terminalreporter.write_sep("-", f"{len(skipped)} skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} x {reason}")

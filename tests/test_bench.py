@@ -1,0 +1,339 @@
+"""The measuring side: what it reports is what was measured. Small inputs, seconds in all."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
+
+from bench import __main__ as command
+from bench import bench_orthograd, bench_stablemax, floor, harness, memory, plot, report, targets
+from bench.harness import Contender, Measurement, Workload
+
+
+def measurement(contender: str, seconds: list[float], **fields: object) -> Measurement:
+    return Measurement("op", "8x8", "float32", "cpu", contender, seconds, **fields)  # type: ignore[arg-type]
+
+
+def target(**fields: object) -> targets.Target:
+    return targets.Target(operator="op", workload="8x8", dtype="float32", device="cpu", **fields)  # type: ignore[arg-type]
+
+
+def tiny_workload(*contenders: Contender, size: int = 1000) -> Workload:
+    def make_inputs(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        return (torch.randn(size, generator=generator),)
+
+    return Workload("op", "8x8", "float32", "cpu", make_inputs, list(contenders), cached=True)
+
+
+def sleeper(name: str, seconds: float, **fields: object) -> Contender:
+    return Contender(name, lambda inputs: lambda: time.sleep(seconds), **fields)  # type: ignore[arg-type]
+
+
+class TestMeasurement:
+    def test_percentiles_interpolate(self) -> None:
+        m = measurement("ours", [5.0, 1.0, 4.0, 2.0, 3.0])
+        assert m.median == 3.0
+        assert m.percentile(20) == pytest.approx(1.8)
+        assert m.percentile(80) == pytest.approx(4.2)
+        assert m.spread == pytest.approx(4.2 / 1.8)
+
+    @pytest.mark.parametrize(
+        ("estimate", "samples", "calls"),
+        [
+            (12.0, 3, 1),  # never fewer than three samples
+            (0.5, 4, 1),
+            (1e-3, 60, 2),  # a sample fills 2 ms
+            (50e-6, 60, 40),
+        ],
+    )
+    def test_plan(self, estimate: float, samples: int, calls: int) -> None:
+        assert harness.plan(estimate, seconds=2.0) == (samples, calls)
+
+    def test_turns_are_complete_interleaved_and_repeatable(self) -> None:
+        order = list(harness.turns({"fast": 60, "slow": 3, "out": 0}))
+        assert order.count("fast") == 60
+        assert "out" not in order
+        positions = [i for i, name in enumerate(order) if name == "slow"]
+        assert [round(position / len(order), 1) for position in positions] == [0.3, 0.7, 1.0]
+        assert order == list(harness.turns({"fast": 60, "slow": 3, "out": 0}))
+
+    def test_turns_change_who_comes_first(self) -> None:
+        order = list(harness.turns({"a": 30, "b": 30}))
+        first = order[::2].count("a")
+        assert 5 < first < 25
+
+    def test_inputs_are_rotated_through_more_than_the_cache(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(harness, "cache_bytes", lambda device: 10_000)
+        cached = tiny_workload(size=1000)
+        rotated = Workload("op", "8x8", "float32", "cpu", cached.make_inputs, [])
+        assert len(harness.input_sets(cached)) == 1
+        sets = harness.input_sets(rotated)
+        assert sum(map(harness.input_bytes, sets)) == 12_000
+        assert not torch.equal(sets[0][0], sets[1][0])
+        assert torch.equal(sets[0][0], harness.input_sets(rotated)[0][0])
+
+    def test_input_bytes_count_gradients(self) -> None:
+        param = torch.ones(10, requires_grad=True)
+        param.grad = torch.ones(10)
+        assert harness.input_bytes([param, (torch.ones(5, dtype=torch.bfloat16),)]) == 90
+
+
+class TestRun:
+    def test_times_and_order_of_magnitude(self) -> None:
+        workload = tiny_workload(sleeper("ours", 1e-3), sleeper("other", 10e-3))
+        ours, other = harness.run(workload, harness.Settings(seconds=0.1))
+        assert (ours.contender, other.contender) == ("ours", "other")
+        assert ours.error is None
+        assert len(ours.seconds) >= harness.MIN_SAMPLES
+        assert min(ours.seconds) >= 1e-3
+        assert min(other.seconds) >= 10e-3
+
+    def test_quick_runs_leave_slow_contenders_out(self) -> None:
+        workload = tiny_workload(sleeper("ours", 1e-4), sleeper("other", 1e-4, slow=True))
+        assert [m.contender for m in harness.run(workload, harness.QUICK)] == ["ours"]
+
+    def test_a_failing_contender_is_reported_and_stops_no_other(self) -> None:
+        def fail(inputs: object) -> harness.Call:
+            raise ValueError("no such kernel\nsecond line")
+
+        ours, other = harness.run(
+            tiny_workload(sleeper("ours", 1e-4), Contender("other", fail)), harness.Settings(seconds=0.01)
+        )
+        assert ours.seconds
+        assert other.error == "ValueError: no such kernel"
+        assert not other.seconds
+
+    def test_consumed_inputs_are_made_anew_for_every_sample(self) -> None:
+        prepared = 0
+
+        def prepare(inputs: tuple[torch.Tensor]) -> harness.Call:
+            nonlocal prepared
+            prepared += 1
+            used = False
+
+            def call() -> None:
+                nonlocal used
+                assert not used
+                used = True
+                time.sleep(harness.SAMPLE_SECONDS)  # one call fills a sample
+
+            return call
+
+        (result,) = harness.run(tiny_workload(Contender("ours", prepare, consumes_inputs=True)), harness.Settings(0.02))
+        assert result.error is None
+        assert prepared > len(result.seconds)
+
+    def test_long_calls_are_not_repeated_for_warm_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(harness, "LONG_CALL_SECONDS", 5e-3)
+        calls = 0
+
+        def call() -> None:
+            nonlocal calls
+            calls += 1
+            time.sleep(6e-3)
+
+        (result,) = harness.run(tiny_workload(Contender("ours", lambda inputs: call)), harness.Settings(seconds=0))
+        assert calls == len(result.seconds) == harness.MIN_SAMPLES
+
+
+class TestMemory:
+    def test_large_calls_by_the_resident_set(self) -> None:
+        size = 64 << 20
+        peak = memory.peak_extra_bytes(lambda: torch.ones(size, dtype=torch.uint8), "cpu", memory.RESIDENT_BYTES)
+        assert 0.98 * size < peak < 1.2 * size  # the kernel counts the resident set in batches of pages
+
+    def test_small_calls_by_the_allocator(self) -> None:
+        def two_at_once_then_one() -> None:
+            first, second = torch.ones(1000), torch.ones(500)
+            del first, second
+            torch.ones(1200)
+
+        assert memory.peak_extra_bytes(two_at_once_then_one, "cpu", 1) == 6000
+
+
+class TestFloor:
+    def test_update_leaves_the_values(self) -> None:
+        inputs, updated = [torch.randn(70_001), torch.randn(64)], [torch.randn(70_001), torch.randn(64)]
+        before = [tensor.clone() for tensor in updated]
+        floor.update(inputs, updated)()
+        assert all(map(torch.equal, before, updated))
+
+    @pytest.mark.parametrize("threads", [1, 2, 3])
+    def test_every_word_is_read_and_copied_once(self, threads: int) -> None:
+        library = floor._library()
+        tensors = [torch.arange(1001), torch.arange(7), torch.full((300_000,), 3)]
+        spans = floor._spans(tensors)
+        assert library.read_spans(spans, len(spans), threads) == sum(int(tensor.sum()) for tensor in tensors)
+        copied = torch.empty(sum(map(len, tensors)), dtype=torch.int64)
+        library.copy_spans(spans, len(spans), threads, copied.data_ptr())
+        assert torch.equal(copied, torch.cat(tensors))
+        assert library.copy_spans_to_fresh_memory(spans, len(spans), threads) == 0
+
+
+class TestTargets:
+    ours = measurement("ours", [1.0], launches=5)
+    other = measurement("other", [3.0])
+
+    @pytest.mark.parametrize(
+        ("limit", "status", "value"),
+        [
+            ({"against": "other", "faster": 3.0}, targets.MET, 3.0),
+            ({"against": "other", "faster": 3.1}, targets.MISSED, 3.0),
+            ({"against": "other", "within": 0.34}, targets.MET, 1 / 3),
+            ({"against": "other", "within": 0.33}, targets.MISSED, 1 / 3),
+            ({"launches": 5}, targets.MET, 5),
+            ({"launches": 4}, targets.MISSED, 5),
+            ({"against": "absent", "faster": 1.0}, targets.NOT_MEASURED, None),
+        ],
+    )
+    def test_verdicts(self, limit: dict[str, object], status: str, value: float | None) -> None:
+        (verdict,) = targets.judge([target(**limit)], [self.ours, self.other])
+        assert verdict.status == status
+        assert verdict.value == (None if value is None else pytest.approx(value))
+
+    def test_ours_failed_is_missed_and_the_other_failed_is_not_measured(self) -> None:
+        wanted = [target(against="other", faster=1.0)]
+        failed = {name: measurement(name, [], error="boom") for name in ("ours", "other")}
+        assert targets.judge(wanted, [failed["ours"], self.other])[0].status == targets.MISSED
+        assert targets.judge(wanted, [self.ours, failed["other"]])[0].status == targets.NOT_MEASURED
+
+    def test_a_verdict_from_scattered_samples_says_so(self) -> None:
+        scattered = measurement("floor", [1.0, 1.0, 2.0, 3.0, 3.0])
+        (verdict,) = targets.judge([target(against="floor", within=1.0)], [self.ours, scattered])
+        assert (verdict.status, verdict.noise) == (targets.MET, 3.0)
+        assert report.describe(verdict).endswith(": 0.5 (noisy: p80 / p20 is 3.0)")
+        (quiet,) = targets.judge([target(against="other", within=1.0)], [self.ours, self.other])
+        assert "noisy" not in report.describe(quiet)
+
+    def test_targets_of_other_workloads_are_left_alone(self) -> None:
+        elsewhere = targets.Target("op", "9x9", "float32", "cpu", "other", faster=1.0)
+        assert targets.judge([elsewhere], [self.ours, self.other]) == []
+
+    @pytest.mark.parametrize("limit", [{}, {"faster": 2.0}, {"against": "other", "faster": 2.0, "within": 1.0}])
+    def test_a_target_says_one_thing(self, limit: dict[str, object]) -> None:
+        with pytest.raises(ValueError, match="op 8x8 needs `against` with either `faster` or `within`"):
+            target(**limit)
+
+    def test_every_target_of_the_file_names_a_workload_and_a_contender(self) -> None:
+        workloads = {
+            (w.operator, w.name, w.dtype, w.device): {c.name for c in w.contenders}
+            for device in ("cpu", "cuda")
+            for w in harness.discover(device)
+        }
+        loaded = targets.load()
+        assert len(loaded) >= 12
+        for one in loaded:
+            contenders = workloads[one.operator, one.workload, one.dtype, one.device]
+            assert (one.against or harness.OURS) in contenders
+
+
+class TestReport:
+    def test_csv_has_a_header_once_and_a_row_a_contender(self, tmp_path: Path) -> None:
+        path = tmp_path / "new" / "results.csv"
+        measured = [
+            measurement("ours", [0.25, 0.25], peak_bytes=10),
+            measurement("floor", [0.125]),
+            measurement("other", [], error="boom"),
+        ]
+        report.write_csv(path, measured)
+        report.write_csv(path, measured)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert list(rows[0]) == report.COLUMNS
+        assert len(rows) == 6
+        assert rows[0]["contender"] == "ours"
+        assert float(rows[0]["median_s"]) == float(rows[0]["p20_s"]) == 0.25
+        assert {row["floor_s"] for row in rows} == {"0.125"}
+        assert rows[0]["peak_bytes"] == "10"
+        assert rows[1]["peak_bytes"] == ""
+        assert rows[2]["median_s"] == ""
+        assert rows[2]["error"] == "boom"
+        assert all(rows[0][column] for column in ("date", "machine", "cores", "torch", "commit", "load", "device"))
+
+    def test_table_shows_ratios_and_verdicts(self) -> None:
+        measured = [measurement("ours", [2.0]), measurement("other", [5.0]), measurement("floor", [1.6])]
+        verdicts = targets.judge([target(against="other", faster=2.0)], measured)
+        table = report.table(measured, verdicts)
+        columns = {column.header: list(column.cells) for column in table.columns}
+        assert columns["ratio"] == ["1.00", "2.50", "0.80"]
+        assert columns["ours / floor"] == ["1.25", "", ""]
+        assert "2 x faster: 2.5, met" in columns["target"][1]
+
+    @pytest.mark.parametrize(("value", "text"), [(12.4, "12.4 s"), (0.0482, "48.2 ms"), (51e-6, "51 us")])
+    def test_seconds(self, value: float, text: str) -> None:
+        assert report.format_seconds(value) == text
+
+    @pytest.mark.parametrize(("value", "text"), [(524_288_000, "524 MB"), (0, "0 B"), (57_900, "57.9 kB")])
+    def test_bytes(self, value: int, text: str) -> None:
+        assert report.format_bytes(value) == text
+
+
+class TestPlot:
+    def test_a_panel_a_workload_and_a_bar_a_contender(self) -> None:
+        measured = [measurement("ours", [0.25]), measurement("other", [0.5, 0.75, 1.0]), measurement("floor", [0.125])]
+        rows = [{key: str(value) for key, value in row.items()} for row in report.rows(measured)]
+        (axis,) = plot.draw(rows).axes
+        assert axis.get_title(loc="left") == "op, 8x8, float32"
+        assert [label.get_text() for label in axis.get_yticklabels()] == ["other", "ours", "floor"]
+        assert [bar.get_width() for bar in axis.containers[-1]] == [750, 250, 125]
+
+
+class TestCommand:
+    def test_unknown_operator_names_the_known_ones(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert command.main(["--device", "cpu", "sinkhole"]) == 2
+        assert "no operator named sinkhole on cpu; there are: orthograd" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(("strict", "status"), [([], 0), (["--strict"], 1)])
+    def test_a_missed_target_fails_only_a_strict_run(
+        self, strict: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        workload = tiny_workload(sleeper("ours", 2e-3), sleeper("other", 1e-3))
+        monkeypatch.setattr(harness, "discover", lambda device, operators: [workload])
+        monkeypatch.setattr(targets, "load", lambda: [target(against="other", faster=1.0)])
+        path = tmp_path / "rows.csv"
+        assert command.main(["--quick", "--device", "cpu", "--csv", str(path), *strict]) == status
+        assert len(path.read_text().splitlines()) == 3
+
+
+class TestContenders:
+    """All contenders of an operator do the same work."""
+
+    def test_resnet50(self) -> None:
+        shapes = list(bench_orthograd.resnet50_shapes())
+        assert len(shapes) == 161
+        assert sum(map(math.prod, shapes)) == 25_557_032
+        assert shapes[0] == (64, 3, 7, 7)
+        assert shapes[-2:] == [(1000, 2048), (1000,)]
+
+    @pytest.mark.parametrize("name", [c.name for c in bench_orthograd.CONTENDERS if c.name != "floor" and not c.slow])
+    def test_orthograd(self, name: str) -> None:
+        (workload,) = bench_orthograd.workloads("cpu", smoke=True)
+        (contender,) = (c for c in workload.contenders if c.name == name)
+        params, expected = (workload.make_inputs(torch.Generator().manual_seed(0)) for _ in range(2))
+        bench_orthograd.released_(*bench_orthograd.split(expected))
+        contender.prepare(params)()
+        for param, truth in zip(params, expected, strict=True):
+            torch.testing.assert_close(param.grad, truth.grad, rtol=1e-5, atol=1e-8)
+
+    def test_stablemax_formulas(self) -> None:
+        logits, labels = torch.randn(16, 11, dtype=torch.float64), torch.arange(16) % 11
+        expected = F.cross_entropy(logits.sign() * logits.abs().log1p(), labels)
+        torch.testing.assert_close(bench_stablemax.formula_fp64(logits, labels), expected)
+        fp32 = bench_stablemax.formula_fp32(logits, labels)
+        torch.testing.assert_close(fp32, expected.float(), rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("workload", harness.discover("cpu", smoke=True), ids=str)
+    def test_every_fast_contender_runs(self, workload: Workload) -> None:
+        inputs = workload.make_inputs(torch.Generator().manual_seed(0))
+        for contender in workload.contenders:
+            if not contender.slow:
+                contender.prepare(inputs)()
