@@ -200,6 +200,19 @@ PYREG_HOST_DEVICE void store_partial(Half* p, FloatVector v, int count) {
 #endif
 }
 
+// Whether a comparison holds in any lane.
+template <typename Mask>
+PYREG_HOST_DEVICE bool any_lane(const Mask& mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(bit_cast<__m512i>(mask), bit_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(bit_cast<__m256i>(mask), bit_cast<__m256i>(mask));
+#else
+  const auto halves = bit_cast<Int64Vector>(mask);
+  return (halves[0] | halves[1]) != 0;
+#endif
+}
+
 // ---- reductions: a tree over the lanes, the same order everywhere ----
 
 template <typename V>

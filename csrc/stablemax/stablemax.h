@@ -61,21 +61,21 @@ PYREG_HOST_DEVICE T log_stable_value(T x) {
 constexpr int kRescaleBits = 64;
 constexpr float kRescale = 0x1p-64f;
 
-// A row's sum S in the forms that values and gradients need.
-template <typename A>
+// A row's sum S in the forms that values and gradients need. T is a scalar, or a SIMD vector with a row a lane.
+template <typename T>
 struct RowNormalizer {
-  A scale;            // 1, or kRescale where the plain sum overflows
-  A inverse;          // 1 / (scale S): the share of s is (s * scale) * inverse, in numbers that neither over- nor underflow
-  A inverse_sum;      // 1 / S
-  A pivot_share;      // p_p = s_p / S
-  A rest_share;       // 1 - p_p = R / S
-  A negative_log;     // -log p_p
+  T scale;         // 1, or kRescale where the plain sum overflows
+  T inverse;       // 1 / (scale S): the share of s is (s * scale) * inverse, in numbers that neither over- nor underflow
+  T inverse_sum;   // 1 / S
+  T pivot_share;   // p_p = s_p / S
+  T rest_share;    // 1 - p_p = R / S
+  T negative_log;  // -log p_p
 };
 
-// From R (times kRescale if `rescaled`) and the pivot's logit. NaN where a logit is NaN or +infinity.
-template <typename A>
-PYREG_HOST_DEVICE A row_sum(A rest, A pivot_logit, A scale) {
-  const A sum = rest + stable_value(pivot_logit) * scale;
+// scale S from scale R. NaN where a logit is NaN or +infinity.
+template <typename T>
+PYREG_HOST_DEVICE T row_sum(T rest, T pivot_logit, T scale) {
+  const T sum = rest + stable_value(pivot_logit) * scale;
   return sum + (sum - sum);
 }
 
@@ -85,29 +85,34 @@ PYREG_HOST_DEVICE A log_row_sum(A rest, A pivot_logit, bool rescaled) {
   return logarithm(sum) + (rescaled ? A(kRescaleBits * 0.693147180559945309417) : A(0));
 }
 
+// A ratio R / s_p from which log1p gives -log p_p; larger ones may have overflowed.
+constexpr float kLargestRatio = 1e30f;
+
+// From scale R and the pivot's logit; negative_log holds where R / s_p < kLargestRatio.
+template <typename T>
+PYREG_HOST_DEVICE RowNormalizer<T> normalize_common_row(T rest, T pivot_logit, T scale) {
+  const T pivot = stable_value(pivot_logit) * scale;
+  const T sum = row_sum(rest, pivot_logit, scale);
+  const T inverse = 1.0f / sum;
+  return {scale, inverse, scale * inverse, pivot / sum, rest / sum, log_one_plus(rest / pivot)};
+}
+
 template <typename A>
 PYREG_HOST_DEVICE RowNormalizer<A> normalize_row(A rest, A pivot_logit, bool rescaled) {
-  RowNormalizer<A> row;
-  row.scale = rescaled ? A(kRescale) : A(1);
-  const A pivot = stable_value(pivot_logit) * row.scale;
-  const A sum = row_sum(rest, pivot_logit, row.scale);
-  const A ratio = rest / pivot;
-  row.inverse = A(1) / sum;
-  row.inverse_sum = row.scale * row.inverse;
-  row.pivot_share = pivot / sum;
-  row.rest_share = rest / sum;
-  // Where the ratio overflows, the difference of logarithms has no cancellation.
-  row.negative_log = ratio < A(1e30f) ? log_one_plus(ratio)
-                                      : log_row_sum(rest, pivot_logit, rescaled) - log_stable_value(pivot_logit);
+  const A scale = rescaled ? A(kRescale) : A(1);
+  RowNormalizer<A> row = normalize_common_row(rest, pivot_logit, scale);
+  if (rest / (stable_value(pivot_logit) * scale) >= A(kLargestRatio)) {  // no cancellation in this difference
+    row.negative_log = log_row_sum(rest, pivot_logit, rescaled) - log_stable_value(pivot_logit);
+  }
   return row;
 }
 
 // Q p_p - q_p for a distribution of mass Q = rest_mass + pivot_mass, q_p = pivot_mass: where the pivot has most of the sum,
 // from what the others have.
-template <typename A>
-PYREG_HOST_DEVICE A pivot_difference(const RowNormalizer<A>& row, A rest_mass, A pivot_mass) {
-  const A mass = rest_mass + pivot_mass;
-  return row.rest_share < A(0.5f) ? rest_mass - mass * row.rest_share : mass * row.pivot_share - pivot_mass;
+template <typename T>
+PYREG_HOST_DEVICE T pivot_difference(const RowNormalizer<T>& row, T rest_mass, T pivot_mass) {
+  const T mass = rest_mass + pivot_mass;
+  return row.rest_share < 0.5f ? rest_mass - mass * row.rest_share : mass * row.pivot_share - pivot_mass;
 }
 
 // p = s / S

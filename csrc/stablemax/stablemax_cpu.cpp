@@ -214,9 +214,16 @@ void fill_zero(Out* out, int64_t n) {
 // Sums rows' losses and weights in row order, so that the result does not depend on the number of threads.
 template <typename A>
 void reduce_losses(const CrossEntropyArgs& args, const Saved<A>& saved, double total_weight) {
-  double total = 0;
+  constexpr int kPartials = 16;  // independent additions; one alone would wait 4 cycles for the one before
+  double partial[kPartials] = {};
   const A* losses = &saved(SavedRows::loss, 0);
-  for (int64_t row = 0; row < saved.rows; ++row) total += losses[row];
+  int64_t row = 0;
+  for (; row + kPartials <= saved.rows; row += kPartials) {
+    for (int k = 0; k < kPartials; ++k) partial[k] += losses[row + k];
+  }
+  for (int k = 0; row < saved.rows; ++row, ++k) partial[k] += losses[row];
+  double total = 0;
+  for (double part : partial) total += part;
   if (args.reduction == Reduction::mean) total /= total_weight;
   dispatch_dtype(args.loss_dtype, [&](auto tag) {
     using Loss = typename decltype(tag)::type;
@@ -245,18 +252,30 @@ void finish_losses(const CrossEntropyArgs& args, const Saved<A>& saved, int64_t 
   }
 }
 
+bool is_class(int64_t label, const CrossEntropyArgs& args) {
+  return label >= 0 && label < args.layout.classes && label != args.ignore_index;
+}
+
 // The weights of all rows that count; reports a label that is no class.
 template <typename A>
 double total_label_weight(const CrossEntropyArgs& args, const A* weight) {
-  double total = 0;
-  for (int64_t row = 0; row < args.layout.rows(); ++row) {
-    const int64_t label = args.labels[row];
-    if (label == args.ignore_index) continue;
-    if (label < 0 || label >= args.layout.classes) {
-      *args.invalid_label = label;
-      return 0;
+  const int64_t rows = args.layout.rows();
+  int64_t valid = 0, ignored = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    valid += is_class(args.labels[row], args);
+    ignored += args.labels[row] == args.ignore_index;
+  }
+  if (valid + ignored != rows) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t label = args.labels[row];
+      if (label != args.ignore_index && !is_class(label, args)) *args.invalid_label = label;
     }
-    total += weight ? weight[label] : A(1);
+    return 0;
+  }
+  if (weight == nullptr) return static_cast<double>(valid);
+  double total = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (is_class(args.labels[row], args)) total += weight[args.labels[row]];
   }
   return total;
 }
@@ -284,24 +303,66 @@ struct UpstreamGradient {
   }
 };
 
+// Without label smoothing a row's result follows from its R, its target logit and its target's weight alone: the rows'
+// passes leave these in the row's saved fields (weight 0 for a row that does not count), and this turns them into
+// results, a SIMD lane a row.
+template <typename A>
+void finish_label_rows(const Saved<A>& saved, const char* rescaled) {
+  A* const rests = &saved(SavedRows::sum_gradient, 0);
+  A* const logits = &saved(SavedRows::pivot_gradient, 0);
+  A* const losses = &saved(SavedRows::loss, 0);
+  const int64_t blocks = (saved.rows + kLanes<A> - 1) / kLanes<A>;
+  parallel_for(blocks, kElementsPerTask / kLanes<A>, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t row = block * kLanes<A>;
+      const int count = static_cast<int>(saved.rows - row < kLanes<A> ? saved.rows - row : kLanes<A>);
+      const Vector<A> rest = load_or_zero(rests, row, saved.rows), logit = load_or_zero(logits, row, saved.rows);
+      const Vector<A> target = load_or_zero(losses, row, saved.rows);
+      const auto many = normalize_common_row(rest, logit, broadcast(A(1)));
+      store_lanes<A, A>(losses, row, saved.rows, target * many.negative_log);
+      store_lanes<A, A>(rests, row, saved.rows, target * many.inverse_sum);
+      store_lanes<A, A>(logits, row, saved.rows, pivot_difference(many, Vector<A>{}, target));
+      const Vector<A> ratio = rest / stable_value(logit);
+      const bool common = memchr(rescaled + row, 1, count) == nullptr;
+      if (common && !any_lane(ratio >= broadcast(A(kLargestRatio)))) continue;
+      for (int lane = 0; lane < count; ++lane) {
+        const RowNormalizer<A> one = normalize_row<A>(rest[lane], logit[lane], rescaled[row + lane] != 0);
+        losses[row + lane] = target[lane] * one.negative_log;
+        rests[row + lane] = target[lane] * one.inverse_sum;
+        logits[row + lane] = pivot_difference<A>(one, 0, target[lane]);
+      }
+    }
+  });
+}
+
 template <typename Storage>
 void labels_forward(const CrossEntropyArgs& args) {
   using A = Accumulate<Storage>;
   const Options<A> options = options_of<A>(args);
   const Saved<A> saved{static_cast<A*>(args.saved), args.layout.rows()};
   const double total_weight = total_label_weight(args, options.weight);
+  const bool smoothed = options.spread > 0;
+  Scratch<char> rescaled(smoothed ? 0 : saved.rows);
   for_each_row(args.layout, static_cast<const Storage*>(args.logits), args.logits_stride,
                static_cast<const Storage*>(nullptr), static_cast<Storage*>(nullptr),
                [&](int64_t row, const auto* x, const auto*, auto*) {
-                 const int64_t label = args.labels[row];
+                 const int64_t label = args.labels[row], classes = args.layout.classes;
                  RowResult<A> result{};
-                 if (label >= 0 && label < args.layout.classes && label != args.ignore_index) {
-                   result = label_row_forward(x, args.layout.classes, label, options);
+                 if (smoothed) {
+                   if (is_class(label, args)) result = label_row_forward(x, classes, label, options);
+                 } else {
+                   rescaled.get()[row] = 0;
+                   if (is_class(label, args)) {
+                     const RowSum<A> sum = sum_rest(x, classes, label);
+                     rescaled.get()[row] = sum.rescaled;
+                     result = {options.weight_of(label), sum.rest, ::pyreg::widen(x[label])};
+                   }
                  }
                  saved(SavedRows::loss, row) = result.loss;
                  saved(SavedRows::sum_gradient, row) = result.sum_gradient;
                  saved(SavedRows::pivot_gradient, row) = result.pivot_gradient;
                });
+  if (!smoothed) finish_label_rows(saved, rescaled.get());
   finish_losses(args, saved, kSavedFieldsForLabels, total_weight);
 }
 
@@ -315,7 +376,7 @@ void labels_backward(const CrossEntropyArgs& args) {
                static_cast<const Storage*>(nullptr), static_cast<Storage*>(args.grad_logits),
                [&](int64_t row, const auto* x, const auto*, auto* out) {
                  const int64_t label = args.labels[row], classes = args.layout.classes;
-                 if (label < 0 || label >= classes || label == args.ignore_index) return fill_zero(out, classes);
+                 if (!is_class(label, args)) return fill_zero(out, classes);
                  label_row_backward(x, classes, label, saved(SavedRows::sum_gradient, row),
                                     saved(SavedRows::pivot_gradient, row), upstream(row), options, out);
                });
