@@ -35,26 +35,24 @@ def _backends(config: pytest.Config) -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
-        backends = _backends(metafunc.config)
-        if metafunc.definition.get_closest_marker("cpu_only"):
-            backends = [backend for backend in backends if backend == "cpu"]
+        only_cpu = metafunc.definition.get_closest_marker("cpu_only")
+        backends = ["cpu"] if only_cpu else _backends(metafunc.config)
         metafunc.parametrize("device", backends, indirect=True, scope="session")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The emulated lane runs every test that takes a device, but the large ones."""
-    if config.getoption("--backend") != "cuda_on_cpu":
+    """A chosen backend runs the tests that take a device, on that device; the emulated one not the large ones."""
+    backend = config.getoption("--backend")
+    if backend in ("auto", "cpu"):
         return
-    chosen = [
-        item
-        for item in items
-        if "device" in getattr(item, "fixturenames", ())
-        and hasattr(item, "callspec")
-        and "device" in item.callspec.params
-        and not item.get_closest_marker("large")
-    ]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+
+    def runs(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        too_large = backend == "cuda_on_cpu" and item.get_closest_marker("large") is not None
+        return parameters.get("device") == backend and not too_large
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = [item for item in items if runs(item)]
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +62,7 @@ def _emulated_kernels() -> Iterator[None]:
     names = load_operators()
     library = torch.library.Library("pyreg", "IMPL", "CPU")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Oo]verriding a previously registered kernel.*")
+        warnings.filterwarnings("ignore", message="(?s).*[Oo]verriding a previously registered kernel.*")
         for name in names:
             library.impl(name, getattr(torch.ops.pyreg_cuda_on_cpu, name).default, allow_override=True)
     yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def has_kernel(tensor: Tensor) -> bool:
     """Whether the tensor's device has kernels; the others take the plain PyTorch reference."""
     return tensor.is_cpu or tensor.is_cuda or tensor.is_meta
+
+
+def checks_values() -> bool:
+    """Whether ``PYREG_CHECKS=1`` asks for checks that read whole tensors or wait for a GPU."""
+    return os.environ.get("PYREG_CHECKS") == "1" and not torch.compiler.is_compiling()
 
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

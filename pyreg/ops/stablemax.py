@@ -205,6 +205,8 @@ def _cross_entropy(
         return reference.stablemax_cross_entropy(input, target, weight, ignore_index, reduction, smoothing)
     if labels and target.dtype != torch.int64:
         target = target.long()
+    if labels and input.is_cuda and _library.checks_values():
+        _check_labels(operator, input, target, ignore_index)
 
     rows, row_target = _as_rows(input, target, labels)
     arguments = (rows, row_target, weight, code, ignore_index, smoothing, _autocast_dtype(input))
@@ -254,6 +256,17 @@ def _check_target(operator: str, input: Tensor, target: Tensor, ignore_index: in
     if input.shape[min(input.dim() - 1, 1)] == 0 and target.numel() > 0:
         raise ValueError(f"{operator}: expected at least one class, got input {_shape(input)}")
     return True
+
+
+def _check_labels(operator: str, input: Tensor, target: Tensor, ignore_index: int) -> None:
+    """What the CPU kernel does on its way; on a GPU it waits for the result."""
+    classes = input.shape[min(input.dim() - 1, 1)]
+    invalid = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+    if invalid.numel() > 0:
+        raise IndexError(
+            f"{operator}: target has class {invalid[0].item()}, which is out of bounds for input with {classes} "
+            f"classes; expected 0 <= target < {classes} or ignore_index = {ignore_index}"
+        )
 
 
 def _check_weight(operator: str, input: Tensor, weight: Tensor) -> Tensor:

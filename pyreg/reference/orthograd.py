@@ -21,7 +21,7 @@ def orthogonalize_gradient(weight: Tensor, grad: Tensor) -> Tensor:
     dtype = torch.promote_types(grad.dtype, torch.float32)
     w, g = weight.to(dtype).flatten(), grad.to(dtype).flatten()
     perpendicular = g - (w.dot(g) / (w.dot(w) + EPSILON)) * w
-    rescaled = perpendicular * (g.norm() / (perpendicular.norm() + EPSILON))
+    rescaled: Tensor = perpendicular * (g.norm() / (perpendicular.norm() + EPSILON))
     return rescaled.view(grad.shape).to(grad.dtype)
 
 

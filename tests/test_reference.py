@@ -1,0 +1,362 @@
+"""The reference is the oracle of every kernel, so it is held against torch, the released code and a second algebra."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyreg.reference import orthograd, stablemax
+
+GOLDEN = Path(__file__).parent / "golden"
+INF = math.inf
+
+# Two orders of summation of fp64 terms: a few units in the last place of values near 1, times a few hundred terms.
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+# `[C]`, `[N, C]`, one row, one class, and one and three trailing dimensions.
+SHAPES = [(7,), (5, 7), (1, 7), (5, 1), (3, 7, 2), (2, 5, 3, 1, 2)]
+REDUCTIONS = ["mean", "sum", "none"]
+SMOOTHING = [0.0, 0.1, 1.0]
+IGNORED = ["no row", "some rows", "all rows"]
+
+
+def logits_of(shape: tuple[int, ...], scale: float = 3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return scale * torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def class_dim(shape: tuple[int, ...]) -> int:
+    return 0 if len(shape) == 1 else 1
+
+
+def class_weights(shape: tuple[int, ...]) -> Tensor:
+    """Positive, different, and zero for one class if there is another."""
+    classes = shape[class_dim(shape)]
+    weight = torch.linspace(0.5, 2.0, classes, dtype=torch.float64)
+    weight[-1] = 0.0 if classes > 1 else 0.7
+    return weight
+
+
+def class_indices(shape: tuple[int, ...], ignored: str = "no row", ignore_index: int = -100) -> Tensor:
+    generator = torch.Generator().manual_seed(len(shape))
+    rows = shape[:0] if len(shape) == 1 else (shape[0], *shape[2:])
+    target = torch.randint(shape[class_dim(shape)], rows, generator=generator)
+    if ignored == "no row":
+        return target
+    mask = torch.ones(rows, dtype=torch.bool)
+    if ignored == "some rows":
+        mask = (torch.arange(target.numel()) % 3 == 1).reshape(rows)
+    return target.masked_fill(mask, ignore_index)
+
+
+def class_probabilities(shape: tuple[int, ...]) -> Tensor:
+    return logits_of(shape, scale=1.0).flip(0).softmax(class_dim(shape))
+
+
+def value_and_gradients(loss_of, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The loss and the gradients under a cotangent that is 1 for a scalar and uneven for a tensor."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    loss = loss_of(*leaves)
+    cotangent = torch.linspace(1.0, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    return (loss.detach(), *torch.autograd.grad(loss, leaves, cotangent))
+
+
+def assert_all_close(actual, expected) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, **EXACT)
+
+
+def softmax_cross_entropy(input: Tensor, *args, **kwargs) -> Tensor:
+    """F.cross_entropy by way of the reference's machinery."""
+    log_probs = F.log_softmax(input, dim=class_dim(input.shape))
+    return stablemax.cross_entropy_from_log_probabilities(log_probs, *args, **kwargs)
+
+
+def torch_stablemax_cross_entropy(input: Tensor, *args, **kwargs) -> Tensor:
+    """The second truth: stablemax(x) = softmax(log s(x)), so torch's own loss of log s(x), with log s written anew."""
+    return F.cross_entropy(input.sign() * input.abs().log1p(), *args, **kwargs)
+
+
+PAIRS = [
+    pytest.param(softmax_cross_entropy, F.cross_entropy, id="softmax"),
+    pytest.param(stablemax.stablemax_cross_entropy, torch_stablemax_cross_entropy, id="stablemax"),
+]
+
+
+@pytest.mark.parametrize(("ours", "truth"), PAIRS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+class TestCrossEntropyIsTorchs:
+    def test_class_indices(self, ours, truth, shape) -> None:
+        x = logits_of(shape)
+        weights = [None, class_weights(shape)]
+        for reduction, smoothing, weight, ignored in itertools.product(REDUCTIONS, SMOOTHING, weights, IGNORED):
+            target = class_indices(shape, ignored)
+            options = {"weight": weight, "reduction": reduction, "label_smoothing": smoothing}
+            assert_all_close(
+                value_and_gradients(lambda x, t=target, o=options: ours(x, t, **o), x),
+                value_and_gradients(lambda x, t=target, o=options: truth(x, t, **o), x),
+            )
+
+    @pytest.mark.parametrize("ignore_index", [-1, 0, 3, 1000])
+    def test_ignore_index(self, ours, truth, shape, ignore_index) -> None:
+        x, target = logits_of(shape), class_indices(shape, "some rows", ignore_index)
+        for reduction, smoothing in itertools.product(REDUCTIONS, SMOOTHING):
+            options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": smoothing}
+            assert_all_close(
+                value_and_gradients(lambda x, o=options: ours(x, target, **o), x),
+                value_and_gradients(lambda x, o=options: truth(x, target, **o), x),
+            )
+
+    def test_class_probabilities(self, ours, truth, shape) -> None:
+        x, target = logits_of(shape), class_probabilities(shape)
+        weights = [None, class_weights(shape)]
+        for reduction, smoothing, weight in itertools.product(REDUCTIONS, SMOOTHING, weights):
+            options = {"weight": weight, "reduction": reduction, "label_smoothing": smoothing}
+            assert_all_close(
+                value_and_gradients(lambda x, q, o=options: ours(x, q, **o), x, target),
+                value_and_gradients(lambda x, q, o=options: truth(x, q, **o), x, target),
+            )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("shape", "smoothing"), [((0, 4), 0.0), ((0, 4), 0.1), ((3, 4, 0), 0.0), ((3, 4, 0), 0.1), ((3, 0), 0.0)], ids=str
+)
+def test_empty_input_gives_torchs_result(shape, smoothing, reduction) -> None:
+    x = torch.zeros(shape, dtype=torch.float64)
+    indices = torch.full((shape[0], *shape[2:]), -100)
+    for target in (x, indices):
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        assert_all_close([softmax_cross_entropy(x, target, **options)], [F.cross_entropy(x, target, **options)])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [-0.5, 0.0, 0.1, math.nan])
+def test_masked_classes_give_torchs_result(smoothing, reduction) -> None:
+    """A masked class costs inf as a target or under smoothing, and NaN (0 x inf) as a probability of 0: as in torch."""
+    x = logits_of((4, 5))
+    x[:, 2] = -INF
+    for target in (torch.tensor([0, 1, 4, -100]), torch.tensor([0, 2, 4, -100]), class_probabilities((4, 5))):
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        assert_all_close([softmax_cross_entropy(x, target, **options)], [F.cross_entropy(x, target, **options)])
+
+
+def test_mixed_dtypes_promote_as_torch() -> None:
+    x, target = logits_of((5, 7)), class_probabilities((5, 7))
+    for input, probabilities in ((x.half(), target.float()), (x.bfloat16(), target), (x.float(), target.half())):
+        ours, truth = softmax_cross_entropy(input, probabilities), F.cross_entropy(input, probabilities)
+        assert ours.dtype == truth.dtype
+        torch.testing.assert_close(ours, truth, rtol=1e-2, atol=0)  # bf16 keeps 8 bits
+
+
+X = torch.zeros(3, 4)
+BAD_CALLS = [
+    pytest.param((X, torch.tensor([0, 1, 4])), {}, id="label too large"),
+    pytest.param((X, torch.tensor([0, 1])), {}, id="rows differ"),
+    pytest.param((X, torch.tensor([0.0, 1.0, 2.0])), {}, id="float labels"),
+    pytest.param((X, torch.zeros(3, 4, dtype=torch.long)), {}, id="integer probabilities"),
+    pytest.param((X, torch.zeros(3, dtype=torch.int32)), {}, id="int32 labels"),
+    pytest.param((torch.tensor(1.0), torch.tensor(0)), {}, id="0-d"),
+    pytest.param((X, torch.full((3, 4), 0.25)), {"ignore_index": 0}, id="ignore_index with probabilities"),
+    pytest.param((X, torch.tensor([0, 1, 2])), {"label_smoothing": 1.5}, id="smoothing above 1"),
+    pytest.param((X, torch.full((3, 4), 0.25)), {"label_smoothing": 1.5}, id="smoothing above 1, probabilities"),
+    pytest.param((X, torch.tensor([0, 1, 2])), {"reduction": "max"}, id="reduction"),
+    pytest.param((X, torch.full((3, 4), 0.25)), {"reduction": "max"}, id="reduction, probabilities"),
+    pytest.param((X, torch.tensor([0, 1, 2])), {"weight": torch.ones(3)}, id="weight"),
+    pytest.param((X, torch.full((3, 4), 0.25)), {"weight": torch.ones(3)}, id="weight, probabilities"),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs"), BAD_CALLS)
+def test_what_torch_refuses_is_refused(args, kwargs) -> None:
+    errors = (ValueError, RuntimeError, IndexError)
+    with pytest.raises(errors) as theirs:
+        F.cross_entropy(*args, **kwargs)
+    with pytest.raises(errors) as ours:
+        stablemax.stablemax_cross_entropy(*args, **kwargs)
+    beginning = str(theirs.value)[:25]
+    assert str(ours.value).startswith(beginning)
+
+
+class TestS:
+    X = (-INF, -1e300, -3.0, -1.0, -1e-300, 0.0, 1e-300, 1.0, 3.0, 1e300)
+    S = (0.0, 1e-300, 0.25, 0.5, 1.0, 1.0, 1.0, 2.0, 4.0, 1e300)
+    S_PRIME = (0.0, 0.0, 1 / 16, 0.25, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    LOG_S_PRIME = (0.0, 1e-300, 0.25, 0.5, 1.0, 1.0, 1.0, 0.5, 0.25, 1e-300)
+
+    def test_values_and_slopes(self) -> None:
+        x = torch.tensor(self.X, dtype=torch.float64)
+        _, slopes = value_and_gradients(lambda x: stablemax.s(x).sum(), x)
+        torch.testing.assert_close(stablemax.s(x), torch.tensor(self.S, dtype=torch.float64), rtol=1e-15, atol=0)
+        torch.testing.assert_close(slopes, torch.tensor(self.S_PRIME, dtype=torch.float64), rtol=1e-15, atol=0)
+
+    def test_logarithm_and_its_slopes(self) -> None:
+        x = torch.tensor(self.X, dtype=torch.float64)
+        _, slopes = value_and_gradients(lambda x: stablemax.log_s(x).sum(), x)
+        torch.testing.assert_close(stablemax.log_s(x), stablemax.s(x).log(), rtol=1e-15, atol=1e-299)
+        torch.testing.assert_close(slopes, torch.tensor(self.LOG_S_PRIME, dtype=torch.float64), rtol=1e-15, atol=0)
+
+    def test_second_derivatives_are_finite(self) -> None:
+        x = torch.tensor(self.X, dtype=torch.float64, requires_grad=True)
+        for f, curvature_at_minus_3 in ((stablemax.s, 2 / 64), (stablemax.log_s, 1 / 16)):
+            (slope,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
+            (curvature,) = torch.autograd.grad(slope.sum(), x)
+            assert curvature.isfinite().all()
+            assert curvature[2].item() == pytest.approx(curvature_at_minus_3, rel=1e-15)
+
+    def test_nan_stays_nan(self) -> None:
+        x = torch.tensor([math.nan, 1.0])
+        assert stablemax.s(x).isnan().tolist() == [True, False]
+        assert stablemax.log_s(x).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_stablemax_is_softmax_of_log_s(dim) -> None:
+    x = logits_of((4, 5, 6), scale=100.0)
+    log_s = x.sign() * x.abs().log1p()
+    assert_all_close(
+        [stablemax.stablemax(x, dim), stablemax.log_stablemax(x, dim)], [log_s.softmax(dim), log_s.log_softmax(dim)]
+    )
+
+
+def test_dtype_casts_the_input_first() -> None:
+    x = logits_of((4, 5)).bfloat16()
+    for f in (stablemax.stablemax, stablemax.log_stablemax):
+        assert f(x, dtype=torch.float64).equal(f(x.double()))
+        assert f(x).dtype == torch.bfloat16
+
+
+def test_gradient_is_the_written_one() -> None:
+    """dL/dx_j = (sum_k q_k) s'(x_j) / S - q_j / (1 + |x_j|), at 0 and at 1 too, with q that does not sum to 1."""
+    x = torch.tensor([[0.0, 1.0, -1.0, 2.5, -40.0, 1e6]], dtype=torch.float64, requires_grad=True)
+    q = torch.tensor([[0.3, 0.1, 0.0, 0.2, 0.1, 0.1]], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(stablemax.stablemax_cross_entropy(x, q, reduction="sum"), x)
+    s = torch.tensor([[1.0, 2.0, 0.5, 3.5, 1 / 41, 1e6 + 1]], dtype=torch.float64)
+    s_prime = torch.tensor([[1.0, 1.0, 0.25, 1.0, 1 / 41**2, 1.0]], dtype=torch.float64)
+    expected = q.sum() * s_prime / s.sum() - q / (1 + x.detach().abs())
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-17)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_masked_class_is_as_good_as_absent(dtype) -> None:
+    x, target = logits_of((4, 5)).to(dtype), torch.tensor([0, 1, 3, 4])
+    masked = torch.cat([x[:, :2], torch.full((4, 1), -INF, dtype=dtype), x[:, 2:]], dim=1)
+    loss, gradient = value_and_gradients(lambda x: stablemax.stablemax_cross_entropy(x, target), x)
+    moved = target + (target >= 2)
+    masked_loss, masked_gradient = value_and_gradients(lambda x: stablemax.stablemax_cross_entropy(x, moved), masked)
+    torch.testing.assert_close(masked_loss, loss)
+    assert masked_gradient[:, 2].tolist() == [0.0] * 4
+    torch.testing.assert_close(masked_gradient[:, [0, 1, 3, 4, 5]], gradient)
+
+
+def test_huge_logits_have_finite_gradients() -> None:
+    x = torch.tensor([[1e300, -1e300, 0.0], [-1e300, 1e300, 1.0]], dtype=torch.float64)
+    loss, gradient = value_and_gradients(lambda x: stablemax.stablemax_cross_entropy(x, torch.tensor([0, 0])), x)
+    assert loss.item() == pytest.approx(300 * math.log(10), rel=1e-12)  # the mean of 0 and log 1e600
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_first_and_second_order(smoothing) -> None:
+    x, indices = logits_of((3, 4)).requires_grad_(), torch.tensor([0, 3, -100])
+    weight = class_weights((3, 4))
+    q = class_probabilities((3, 4)).requires_grad_()
+    losses = [
+        (lambda x: stablemax.stablemax_cross_entropy(x, indices, weight, label_smoothing=smoothing), (x,)),
+        (lambda x, q: stablemax.stablemax_cross_entropy(x, q, weight, label_smoothing=smoothing), (x, q)),
+        (lambda x: stablemax.stablemax(x, 0), (x,)),
+        (lambda x: stablemax.log_stablemax(x, 1), (x,)),
+    ]
+    for loss_of, inputs in losses:
+        assert torch.autograd.gradcheck(loss_of, inputs)
+        assert torch.autograd.gradgradcheck(loss_of, inputs)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_traces_into_one_graph(smoothing) -> None:
+    x, target = logits_of((5, 7)), class_indices((5, 7), "some rows")
+    weight = class_weights((5, 7))
+
+    def loss_of(x: Tensor) -> Tensor:
+        return stablemax.stablemax_cross_entropy(x, target, weight, label_smoothing=smoothing)
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    assert_all_close(value_and_gradients(compiled, x), value_and_gradients(loss_of, x))
+
+
+@pytest.mark.parametrize("file", ["stablemax_0", "stablemax_1", "stablemax_2"])
+def test_stablemax_golden(file) -> None:
+    """The released code divides before it takes the logarithm, which sets them apart by the rounding of fp64."""
+    golden = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / f"{file}.npz").items()}
+    labels = golden["labels"]
+    loss, gradient = value_and_gradients(lambda x: stablemax.stablemax_cross_entropy(x, labels), golden["logits"])
+    log_stablemax = stablemax.log_stablemax(golden["logits"])
+    torch.testing.assert_close(log_stablemax, golden["log_stablemax"], rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(loss, golden["loss"], rtol=1e-14, atol=0)
+    torch.testing.assert_close(gradient, golden["grad_logits"], rtol=1e-10, atol=1e-16)
+
+
+class TestOrthograd:
+    def test_by_hand(self) -> None:
+        weight, grad = torch.tensor([2.0, 0.0]), torch.tensor([3.0, 4.0])
+        assert orthograd.orthogonalize_gradient(weight, grad).tolist() == [0.0, 5.0]
+
+    @pytest.mark.parametrize("shape", [(11,), (4, 5), (2, 3, 4)], ids=str)
+    def test_against_the_projector_matrix(self, shape) -> None:
+        weight, grad = logits_of(shape), logits_of(shape, scale=0.1).flip(0)
+        direction = weight.flatten() / weight.norm()
+        projector = torch.eye(weight.numel(), dtype=torch.float64) - torch.outer(direction, direction)
+        expected = F.normalize(projector @ grad.flatten(), dim=0) * grad.norm()
+        ours = orthograd.orthogonalize_gradient(weight, grad)
+        torch.testing.assert_close(ours, expected.view(shape), **EXACT)
+        assert ours.flatten().dot(weight.flatten()).item() == pytest.approx(0.0, abs=1e-13)
+        assert ours.norm().item() == pytest.approx(grad.norm().item(), rel=1e-14)
+
+    def test_nearly_parallel(self) -> None:
+        """g = w + 1e-6 d with d orthogonal to w: g' = |g| d / |d|, to 1e-16 / 1e-6."""
+        weight = torch.ones(1000, dtype=torch.float64)
+        direction = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(500)
+        ours = orthograd.orthogonalize_gradient(weight, weight + 1e-6 * direction)
+        torch.testing.assert_close(ours, direction, rtol=1e-9, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_zeros(self, dtype) -> None:
+        values, zeros = torch.tensor([1.0, -2.0, 2.0], dtype=dtype), torch.zeros(3, dtype=dtype)
+        assert orthograd.orthogonalize_gradient(zeros, values).equal(values)
+        assert orthograd.orthogonalize_gradient(values, zeros).equal(zeros)
+
+    def test_layout_does_not_matter(self) -> None:
+        weight, grad = logits_of((4, 6)), logits_of((6, 4)).t()
+        ours = orthograd.orthogonalize_gradient(weight, grad)
+        torch.testing.assert_close(ours, orthograd.orthogonalize_gradient(weight, grad.contiguous()), **EXACT)
+
+    def test_in_place_skips_parameters_without_gradient(self) -> None:
+        used, unused = (torch.nn.Parameter(torch.tensor([2.0, 0.0])) for _ in range(2))
+        used.grad = torch.tensor([3.0, 4.0])
+        storage = used.grad.data_ptr()
+        orthograd.orthogonalize_gradients_([used, unused])
+        assert used.grad.tolist() == [0.0, 5.0]
+        assert used.grad.data_ptr() == storage
+        assert unused.grad is None
+
+    @pytest.mark.parametrize("name", ["sgd", "adamw"])
+    def test_golden(self, name) -> None:
+        """Gradients and the steps taken with them; a second fp64 evaluation order sets the tolerance."""
+        golden = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / f"orthograd_{name}.npz").items()}
+        settings = {key[3:]: value.item() for key, value in golden.items() if key.startswith("hp_")}
+        params = [torch.nn.Parameter(golden[f"p{i}_0"].clone()) for i in range(3)]
+        optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name](params, **settings)
+        for step in range(3):
+            for i, param in enumerate(params):
+                param.grad = golden[f"g{i}_{step}"].clone()
+            orthograd.orthogonalize_gradients_(params)
+            assert_all_close([p.grad for p in params], [golden[f"og{i}_{step}"] for i in range(3)])
+            optimizer.step()
+            assert_all_close([p.detach() for p in params], [golden[f"p{i}_{step + 1}"] for i in range(3)])
