@@ -6,6 +6,9 @@
 
 namespace pyreg {
 
+// A task of fewer elements is not worth a second thread: a task switch costs about 5 us.
+constexpr int64_t kElementsPerTask = 32768;
+
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 
 // Calls body on disjoint ranges that cover [0, count); ranges hold at least `grain` items where there are that many.

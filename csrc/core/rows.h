@@ -24,8 +24,6 @@ struct RowLayout {
 #if defined(PYREG_ISA)
 namespace pyreg::PYREG_ISA {
 
-// A task of less than this many elements is not worth a second thread (a task switch costs about 5 us).
-constexpr int64_t kElementsPerTask = 32768;
 // Rows of a tile: 16 floats are a cache line.
 constexpr int64_t kTileRows = 16;
 

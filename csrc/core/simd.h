@@ -82,9 +82,26 @@ PYREG_HOST_DEVICE DoubleVector load(const double* p) {
   return v;
 }
 
-PYREG_HOST_DEVICE FloatVector widen(UInt16Vector bits, bfloat16) {
-  return bit_cast<FloatVector>(__builtin_convertvector(bits, UInt32Vector) << 16);
+// Zero extension and truncation: one instruction where GCC makes several shuffles of __builtin_convertvector.
+PYREG_HOST_DEVICE UInt32Vector extend(UInt16Vector bits) {
+#if defined(__AVX512F__)
+  return bit_cast<UInt32Vector>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+  return bit_cast<UInt32Vector>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+#else
+  return __builtin_convertvector(bits, UInt32Vector);
+#endif
 }
+
+PYREG_HOST_DEVICE UInt16Vector truncate(UInt32Vector bits) {
+#if defined(__AVX512F__)
+  return bit_cast<UInt16Vector>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(bits)));
+#else
+  return __builtin_convertvector(bits, UInt16Vector);
+#endif
+}
+
+PYREG_HOST_DEVICE FloatVector widen(UInt16Vector bits, bfloat16) { return bit_cast<FloatVector>(extend(bits) << 16); }
 
 PYREG_HOST_DEVICE FloatVector widen(UInt16Vector bits, float16) {
 #if defined(__AVX512F__)
@@ -148,7 +165,7 @@ PYREG_HOST_DEVICE UInt16Vector narrow(FloatVector v, bfloat16) {
   const UInt32Vector bits = bit_cast<UInt32Vector>(v);
   const UInt32Vector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const UInt32Vector quiet_nan = (bits >> 16) | 0x40u;
-  return __builtin_convertvector(v == v ? rounded : quiet_nan, UInt16Vector);
+  return truncate(v == v ? rounded : quiet_nan);
 }
 
 PYREG_HOST_DEVICE UInt16Vector narrow(FloatVector v, float16) {
