@@ -19,6 +19,9 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "stablemax_cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
       "float label_smoothing, ScalarType loss_dtype) -> Tensor");
 
+  // Upstream gradients of gradients formed in the forward pass: csrc/scale_rows, pyreg/ops/scale_rows.py
+  library.def("scale_rows_(Tensor(a!) rows, Tensor factor) -> ()");
+
   // OrthoGrad: csrc/orthograd, pyreg/ops/orthograd.py
   library.def("orthogonalize_gradients_(Tensor[] params, Tensor(a!)[] grads) -> ()");
 }

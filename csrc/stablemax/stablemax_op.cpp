@@ -26,6 +26,7 @@ Logits logits_of(const Tensor& input, const char* name) {
   PYREG_REQUIRE(input.dim() == 2 || input.dim() == 3, name, "expected input of shape [N, C] or [N, C, inner], got ",
                 input.dim(), " dimensions");
   const RowLayout layout = layout_of(input, 1);
+  PYREG_REQUIRE(layout.classes > 0 || layout.rows() == 0, name, "expected at least one class");
   if (input.dim() == 2 && input.stride(1) == 1 && input.stride(0) >= layout.classes) {
     return {input, layout, input.stride(0)};
   }

@@ -5,12 +5,14 @@ Kernels: ``csrc/stablemax``. Definition, and path of devices without a kernel: :
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyreg.ops import _library
+from pyreg.ops.scale_rows import scale_rows_
 from pyreg.reference import stablemax as reference
 
 _PAPER = "arXiv 2501.04697"
@@ -232,6 +234,8 @@ def _check_target(operator: str, input: Tensor, target: Tensor, ignore_index: in
         )
     if input.dim() == 0:
         raise ValueError(f"{operator}: expected input of shape [C], [N, C] or [N, C, d1, ..., dk], got a 0-d tensor")
+    if input.shape[min(input.dim() - 1, 1)] == 0 and math.prod(_without_classes(input)) > 0:
+        raise ValueError(f"{operator}: expected at least one class, got input {_shape(input)}")
     if target.shape == input.shape:
         if not target.is_floating_point():
             raise TypeError(
@@ -253,8 +257,6 @@ def _check_target(operator: str, input: Tensor, target: Tensor, ignore_index: in
         )
     if target.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"{operator}: expected class indices of dtype int64, got {target.dtype}; use target.long()")
-    if input.shape[min(input.dim() - 1, 1)] == 0 and target.numel() > 0:
-        raise ValueError(f"{operator}: expected at least one class, got input {_shape(input)}")
     return True
 
 
@@ -425,7 +427,6 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
         loss = _cross_entropy_in_place(input, *arguments)
         # Whatever else saved the logits' values for its own backward pass will say that they have changed.
         torch.autograd.graph.increment_version(input)
-        ctx.reduction = arguments[2]
         ctx.gradient = input.detach()
         return loss
 
@@ -437,10 +438,10 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
                 "logits' memory; use stablemax_cross_entropy"
             )
         gradient, ctx.gradient = ctx.gradient, None
-        if ctx.reduction == 0:
+        if grad_loss.dim() == 2:  # [N, C, inner] with a loss for each of [N, inner]
             gradient.mul_(grad_loss.unsqueeze(1))
-        elif grad_loss.is_cuda or grad_loss.item() != 1:
-            gradient.mul_(grad_loss)
+        else:
+            scale_rows_(gradient, grad_loss)
         return (gradient, *[None] * 6)
 
 

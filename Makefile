@@ -1,0 +1,132 @@
+# Everything that is run here, each by one command; `make help` lists them. A machine needs Python >= 3.10 with venv, a
+# C++20 compiler and make: the environment is kept in .venv, and whatever is stale is built first.
+#
+# ARGS goes to the command that a target runs: make test ARGS="-k stablemax -x"
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+ifeq ($(origin CXX),default)
+CXX := c++
+endif
+TORCH_VERSION := 2.13.0
+ARGS ?=
+
+python := .venv/bin/python
+pip := $(python) -m pip --disable-pip-version-check
+# Without build isolation: the extension is built against the torch that it will run in.
+build := --no-build-isolation --no-deps
+
+# ---- the environment ----
+
+.venv/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "pyreg needs Python >= 3.10, and $(PYTHON) was not found; name one with: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "pyreg needs Python >= 3.10, and $(PYTHON) is $$($(PYTHON) -V); name another with: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "$(PYTHON) cannot create environments: install its venv module (Debian, Ubuntu: python3-venv)"; exit 1; }
+	@echo 'template <typename T> concept Any = true; int main() {}' | $(CXX) -std=c++20 -x c++ -fsyntax-only - 2>/dev/null \
+	  || { echo "pyreg needs a C++20 compiler, and $(CXX) is none; install g++ >= 11 or name one with: make CXX=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# torch first, alone and by its version: as the dependency of another package it would be whatever is newest.
+.venv/torch-$(TORCH_VERSION): | .venv/bin/python
+	$(pip) install -q torch==$(TORCH_VERSION)
+	touch $@
+
+extras := test lint bench examples $(if $(wildcard triton_kernels/*.py),triton)
+
+.venv/requirements.txt: pyproject.toml tools/requirements.py $(wildcard triton_kernels/*.py) .venv/torch-$(TORCH_VERSION)
+	$(python) tools/requirements.py $(extras) > $@.new
+	$(pip) install -q -r $@.new
+	mv $@.new $@
+
+# An editable install finds Python files where they lie, but only those that were there when it was made.
+build/python_files: FORCE
+	@mkdir -p build
+	@find pyreg triton_kernels -name '*.py' 2>/dev/null | sort > $@.new || true
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+native := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+
+.venv/pyreg: $(native) build/python_files .venv/requirements.txt
+	@echo "Building pyreg"
+	cuda=$$($(python) -c 'import torch; print("ON" if torch.version.cuda else "OFF")'); \
+	CXX=$(CXX) $(pip) install -q $(build) -C build-dir=build/editable -C cmake.define.PYREG_CUDA=$$cuda -e .
+	touch $@
+
+# ---- what is run ----
+
+# Where ARGS choose tests, a lane may have none of them: pytest's status 5.
+maybe_none := $(if $(ARGS),|| [ $$? -eq 5 ])
+
+.PHONY: help test demo bench wheel cuda gpu lint format env clean FORCE
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
+
+test: .venv/pyreg ## every test: CPU kernels, then the CUDA kernels emulated under sanitizers
+	$(python) -m pytest tests $(ARGS) $(maybe_none)
+	$(python) tests/cuda_on_cpu/run_sanitized.py tests --backend=cuda_on_cpu $(ARGS) $(maybe_none)
+
+demo: .venv/pyreg ## train the grokking task with the fused operators
+	$(python) examples/grokking.py $(ARGS)
+
+bench: .venv/pyreg ## time every operator beside its rivals and its floor; ARGS=--quick
+	$(python) -m bench $(ARGS)
+
+wheel: .venv/requirements.txt ## dist/*.whl, with CUDA kernels where nvcc is found
+	$(pip) wheel $(build) -C build-dir=build/wheel -w dist $(ARGS) .
+
+lint: .venv/requirements.txt ## check format, style and types
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+	find csrc tests/cuda_on_cpu -regex '.*\.\(h\|cpp\|cuh\|cu\)' | xargs .venv/bin/clang-format --dry-run -Werror
+
+format: .venv/requirements.txt ## rewrite all files in the format that lint checks
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+	find csrc tests/cuda_on_cpu -regex '.*\.\(h\|cpp\|cuh\|cu\)' | xargs .venv/bin/clang-format -i
+
+env: .venv/pyreg ## versions, what is built, what is loaded, and why not
+	$(python) -m pyreg.env
+
+clean: ## remove what was built, and the environment
+	rm -rf build dist .venv
+
+# ---- CUDA ----
+
+nvcc := $(or $(and $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc)),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+
+# One compilation serves the report and the link. It starts afresh, for ptxas speaks only while it compiles.
+cuda: .venv/pyreg ## compile every GPU kernel for every architecture: registers, shared memory, spills
+	@test -n "$(nvcc)" || { echo "make cuda needs nvcc (CUDA >= 12.8): put it on the PATH or set CUDA_HOME"; exit 1; }
+	CUDACXX=$(nvcc) .venv/bin/cmake --fresh -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(python) -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_FLAGS=-Xptxas=-v > build/cuda.log
+	.venv/bin/cmake --build build/cuda --target _C_cuda --clean-first > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
+	$(python) tools/symbols.py build/cuda/_C_cuda.*
+	$(python) tools/cuda_report.py build/cuda.log $(ARGS)
+	$(python) tools/triton_report.py $(ARGS)
+
+# On a machine with a GPU whose own Python has torch, Triton and the build tools: nothing is installed or fetched. The
+# installed package must come before the sources in the current folder: hence PYTHONSAFEPATH and the import mode.
+LOGS ?= build/gpu
+BENCH_ARGS ?=
+site := $(CURDIR)/build/gpu/site
+gpu_python := PYTHONPATH=$(site):$(CURDIR) PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 $(PYTHON)
+
+gpu: ## on a machine with a GPU: build for it, run all tests and benchmarks; ARGS for pytest, BENCH_ARGS for bench
+	mkdir -p $(LOGS)
+	architecture=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())'); \
+	$(PYTHON) -m pip install $(build) --upgrade --target $(site) -C build-dir=build/gpu/cmake \
+	  -C cmake.define.PYREG_CUDA_ARCHITECTURES=$$architecture . 2>&1 | tee $(LOGS)/build.log
+	$(gpu_python) -m pyreg.env 2>&1 | tee $(LOGS)/env.log
+	status=0; \
+	$(gpu_python) -m pytest tests --import-mode=append --backend=auto $(ARGS) 2>&1 | tee $(LOGS)/test.log || status=1; \
+	$(gpu_python) -m bench --device cuda $(BENCH_ARGS) 2>&1 | tee $(LOGS)/bench.log || status=1; \
+	cp bench/results/*_cuda.csv $(LOGS) || status=1; \
+	exit $$status

@@ -1,0 +1,244 @@
+"""The wheel installs and runs on its own, and its compiled parts keep what they promise to other builds of torch.
+
+One build, in build/packaging, serves all tests here. It leaves the CUDA kernels out: `make cuda` builds them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import ptxas, symbols
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "packaging"
+PIP = ("-m", "pip", "--disable-pip-version-check")
+OPTIONS = ("--no-build-isolation", "--no-deps", "-C", f"build-dir={BUILD}", "-C", "cmake.define.PYREG_CUDA=OFF")
+
+RUN = """
+import torch, pyreg
+from pyreg.functional import stablemax_cross_entropy
+logits = torch.tensor([[1.0, 0.0]], requires_grad=True)  # s = [2, 1], S = 3
+loss = stablemax_cross_entropy(logits, torch.tensor([0]))
+loss.backward()
+torch.testing.assert_close(loss, torch.tensor(1.5).log())
+torch.testing.assert_close(logits.grad, torch.tensor([[1 / 3 - 1 / 2, 1 / 3]]))
+print(pyreg.__file__)
+"""
+
+FIRST_USE = """
+import pyreg, torch
+from pyreg import _extension
+print(_extension.CPU.state)
+try:
+    pyreg.functional.stablemax(torch.ones(3))
+except ImportError as error:
+    print(error)
+"""
+
+
+def run(command: list[str], cwd: Path, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    done = subprocess.run(
+        command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def new_environment(folder: Path) -> str:
+    """The python of a new environment that sees the packages of this one, but none that are installed in place."""
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    site = Path(run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder).strip())
+    parents = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    (site / "parent.pth").write_text("\n".join(parents))
+    return str(python)
+
+
+@pytest.fixture(scope="module")
+def builder() -> str:
+    """The python that builds: always in one place, for another one would compile everything again."""
+    return new_environment(BUILD.with_name("packaging_venv"))
+
+
+@pytest.fixture(scope="module")
+def wheel(builder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run([builder, *PIP, "wheel", *OPTIONS, "-w", str(folder), str(ROOT)], folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The python of an environment in which the wheel is installed."""
+    folder = tmp_path_factory.mktemp("installed")
+    python = new_environment(folder / "venv")
+    run([python, *PIP, "install", "--no-deps", "--no-index", "--ignore-installed", str(wheel)], folder)
+    return python
+
+
+# ---- wheels and environments ----
+
+
+def test_the_wheel_runs_in_a_clean_environment(installed: str, tmp_path: Path):
+    location = run([installed, "-c", RUN], tmp_path).strip()
+    assert Path(location).is_relative_to(Path(installed).parents[1])
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path):
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = {f"pyreg/{path.relative_to(ROOT / 'pyreg')}" for path in (ROOT / "pyreg").rglob("*.py")}
+    assert sources <= set(names)
+    assert "pyreg/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    others = set(names) - sources - {"pyreg/py.typed", f"pyreg/_C{suffix}"}
+    assert {
+        name for name in others if not re.match(r"pyreg-[^/]+\.dist-info/|pyreg/triton_kernels/\w+\.py$", name)
+    } == set()
+
+
+@pytest.mark.usefixtures("wheel")  # compiled there
+def test_an_editable_installation_runs_from_the_sources(builder: str, tmp_path: Path):
+    run([builder, *PIP, "install", *OPTIONS, "--ignore-installed", "-e", str(ROOT)], tmp_path)
+    assert Path(run([builder, "-c", RUN], tmp_path).strip()) == ROOT / "pyreg" / "__init__.py"
+
+
+# ---- extensions that are not there ----
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the Python files alone."""
+    return Path(
+        shutil.copytree(ROOT / "pyreg", tmp_path / "pyreg", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    )
+
+
+def test_an_extension_that_was_not_built_is_named_on_first_use(installed: str, package: Path):
+    printed = run([installed, "-c", FIRST_USE], package.parent).splitlines()
+    assert printed[0] == "not built"
+    assert re.fullmatch(r"pyreg\._C was not built; build it with: pip install --no-build-isolation .*", printed[1])
+
+
+def test_an_extension_that_fails_to_load_is_named_on_first_use(installed: str, package: Path):
+    (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
+    printed = run([installed, "-c", FIRST_USE], package.parent).splitlines()
+    assert printed[0] == "failed to load"
+    assert printed[1].startswith(f"pyreg._C was built but does not load into torch {torch.__version__}: ")
+    assert printed[1].endswith("rebuild it here with: pip install --no-build-isolation .")
+    assert len(printed) == 2
+    told = run([installed, "-m", "pyreg.env"], package.parent)
+    assert "pyreg._C         failed to load" in told
+    assert "remedy: in pyreg's sources: pip install --no-build-isolation ." in told
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="the CUDA kernels are needed where torch has CUDA")
+def test_cuda_kernels_stay_unloaded_where_torch_has_no_cuda(installed: str, package: Path):
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    (built,) = Path(installed).parents[1].glob(f"lib/python*/site-packages/pyreg/_C{suffix}")
+    shutil.copy(built, package)
+    (package / f"_C_cuda{suffix}").write_bytes(b"not a library")
+    script = RUN + "from pyreg import _extension; print(_extension.CUDA.state)"
+    assert run([installed, "-c", script], package.parent).splitlines()[-1] == "not needed here"
+
+
+# ---- symbols ----
+
+
+def extensions(wheel: Path, folder: Path) -> list[Path]:
+    """The extension in the wheel, and those that these tests run on."""
+    with zipfile.ZipFile(wheel) as archive:
+        unpacked = [Path(archive.extract(name, folder)) for name in archive.namelist() if name.endswith(".so")]
+    specs = [importlib.util.find_spec(name) for name in ("pyreg._C", "pyreg._C_cuda")]
+    return unpacked + [Path(spec.origin) for spec in specs if spec is not None and spec.origin is not None]
+
+
+def test_extensions_need_no_cpp_symbol_of_torch(wheel: Path, tmp_path: Path):
+    libraries = extensions(wheel, tmp_path)
+    assert len(libraries) >= 2
+    assert {library.name: symbols.unstable_symbols(library) for library in libraries} == {
+        library.name: [] for library in libraries
+    }
+
+
+def test_a_cpp_symbol_of_torch_would_be_seen():
+    assert any(
+        "at::" in name for name in symbols.unstable_symbols(Path(torch._C.__file__).parent / "lib/libtorch_python.so")
+    )
+
+
+def test_extensions_bring_neither_openmp_nor_a_search_path(wheel: Path, tmp_path: Path):
+    for library in extensions(wheel, tmp_path):
+        dynamic = run(["readelf", "--dynamic", str(library)], tmp_path)
+        assert "libtorch.so" in dynamic
+        assert re.findall(r".*(?:gomp|libomp|RPATH|RUNPATH).*", dynamic) == []
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set: nothing is compiled twice")
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.usefixtures("wheel")  # compiled there
+def test_code_for_one_instruction_set_is_never_merged_into_another(isa: str):
+    objects = sorted((BUILD / "CMakeFiles" / f"kernels_{isa}.dir").rglob("*.o"))
+    assert len(objects) == len(list((ROOT / "csrc").glob("*/*_cpu.cpp")))
+    assert {path.name: symbols.shared_definitions(path, isa) for path in objects} == {path.name: [] for path in objects}
+
+
+def test_a_merged_definition_would_be_seen(tmp_path: Path):
+    (tmp_path / "planted.cpp").write_text("""
+        inline int shared() { return 1; }
+        namespace pyreg::avx512 {
+        inline int own() { return 2; }
+        int kernel() { return shared() + own(); }
+        }""")
+    run([os.environ.get("CXX", "c++"), "-c", "planted.cpp", "-o", "planted.o"], tmp_path)
+    assert symbols.shared_definitions(tmp_path / "planted.o", "avx512") == ["shared()"]
+
+
+# ---- the report of `make cuda` ----
+
+PTXAS = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN5pyreg4cuda7forwardIfLi4EEEvPKT_' for 'sm_80'
+ptxas info    : Function properties for _ZN5pyreg4cuda7forwardIfLi4EEEvPKT_
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN5pyreg4cuda7forwardIfLi4EEEvPKT_' for 'sm_120'
+ptxas info    : Function properties for _ZN5pyreg4cuda7forwardIfLi4EEEvPKT_
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size
+"""
+
+
+def test_ptxas_output_is_read(capsys: pytest.CaptureFixture[str]):
+    name = "_ZN5pyreg4cuda7forwardIfLi4EEEvPKT_"
+    usages = ptxas.parse(PTXAS)
+    assert usages == [
+        ptxas.Usage(name, "sm_80", registers=40, shared=1024, stack=0, spills=0),
+        ptxas.Usage(name, "sm_120", registers=255, shared=0, stack=16, spills=20),
+    ]
+    assert ptxas.short_names([name]) == {name: "forward<float, 4>"}
+    assert ptxas.report("CUDA", usages[:1]) == 0
+    assert ptxas.report("CUDA", usages) == 1
+    assert "forward<float, 4> spills 20 bytes on sm_120" in capsys.readouterr().out
+
+
+def test_ptxas_output_that_lost_a_line_is_refused():
+    lines = PTXAS.splitlines()
+    with pytest.raises(ValueError, match="no registers reported"):
+        ptxas.parse("\n".join(line for line in lines if "Used 40" not in line))
+    with pytest.raises(ValueError, match="unknown kernel"):
+        ptxas.parse("\n".join(line for line in lines if "sm_80" not in line))
