@@ -40,6 +40,35 @@ PYREG_HOST_DEVICE void store_lanes(Storage* out, int64_t j, int64_t n, const Vec
   }
 }
 
+// Bytes from a read to the one that is asked for beside it. The hardware's own prefetch ends with a page and leaves too few
+// reads in flight. Forward at 4096 x 32000 on 2 cores: float 27.8 ms without, 23.6 at 1024, 27.7 at 4096; bfloat16 28.3
+// without, 17.0 at 1024, 15.0 at 4096.
+template <typename Storage>
+constexpr int64_t kPrefetchBytes = sizeof(Storage) == 2 ? 4096 : 1024;
+
+// Asks for the lines of a step of `count` elements ahead of x.
+template <int64_t kCount, typename Storage>
+PYREG_HOST_DEVICE void prefetch_ahead(const Storage* x) {
+  for (int64_t byte = 0; byte < kCount * static_cast<int64_t>(sizeof(Storage)); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x) + kPrefetchBytes<Storage> + byte);
+  }
+}
+
+// Writes out_j = f(j, x_j) over a row.
+template <typename Storage, typename Out, typename Function, typename A = Accumulate<Storage>>
+PYREG_HOST_DEVICE void map_row(const Storage* x, int64_t n, Out* out, Function&& f) {
+  constexpr int64_t kStep = 2 * kLanes<A>;
+  int64_t j = 0;
+  for (; j + kStep <= n; j += kStep) {
+    prefetch_ahead<kStep>(x + j);
+    const Vector<A> first = f(j, load(x + j));
+    const Vector<A> second = f(j + kLanes<A>, load(x + j + kLanes<A>));
+    store(out + j, first);
+    store(out + j + kLanes<A>, second);
+  }
+  for (; j < n; j += kLanes<A>) store_lanes<Out, A>(out, j, n, f(j, load_logits(x, j, n)));
+}
+
 // Zero in the lane of class `excluded`, v elsewhere.
 template <typename A>
 PYREG_HOST_DEVICE Vector<A> without(const Vector<A>& v, int64_t j, int64_t excluded) {
@@ -65,6 +94,7 @@ PYREG_HOST_DEVICE A sum_row(const Storage* x, int64_t n, int64_t excluded, Term&
     const int64_t plain_end = has_excluded ? excluded / kStep * kStep : end;
     const auto plain = [&](int64_t until) {
       for (; j + kStep <= until; j += kStep) {
+        prefetch_ahead<kStep>(x + j);
         sum0 += term(j, load(x + j));
         sum1 += term(j + kLanes<A>, load(x + j + kLanes<A>));
         sum2 += term(j + 2 * kLanes<A>, load(x + j + 2 * kLanes<A>));
@@ -191,17 +221,13 @@ PYREG_HOST_DEVICE void label_row_backward(const Storage* x, int64_t n, int64_t l
   if (options.spread > 0) {
     const A spread = scale * options.spread;
     const A* weight = options.weight;
-    for (int64_t j = 0; j < n; j += kLanes<A>) {
-      const Vector<A> v = load_logits(x, j, n);
+    map_row(x, n, out, [=](int64_t j, Vector<A> v) {
       const auto terms = stable_terms(v);
       const Vector<A> q = weight ? spread * load_or_zero(weight, j, n) : broadcast(spread);
-      store_lanes<Out, A>(out, j, n, stable_derivative(v, terms, factor) - q * terms.slope);
-    }
+      return stable_derivative(v, terms, factor) - q * terms.slope;
+    });
   } else {
-    for (int64_t j = 0; j < n; j += kLanes<A>) {
-      const Vector<A> v = load_logits(x, j, n);
-      store_lanes<Out, A>(out, j, n, stable_derivative(v, stable_terms(v), factor));
-    }
+    map_row(x, n, out, [=](int64_t, Vector<A> v) { return stable_derivative(v, stable_terms(v), factor); });
   }
   out[label] = ::pyreg::narrow<Out>(scale * (stable_terms(logit).slope * pivot_gradient));
 }
@@ -451,13 +477,13 @@ template <typename Storage, typename Probability, typename Out, typename A = Acc
 void probability_row_backward(const Storage* x, const Probability* t, int64_t n, int64_t pivot, A sum_gradient,
                               A pivot_gradient, A scale, const Options<A>& options, Out* out) {
   const Vector<A> factor = broadcast(scale * sum_gradient);
-  for (int64_t j = 0; j < n; j += kLanes<A>) {
-    const Vector<A> v = load_logits(x, j, n);
+  const A pivot_logit = ::pyreg::widen(x[pivot]);
+  map_row(x, n, out, [=, &options](int64_t j, Vector<A> v) {
     const auto terms = stable_terms(v);
     const Vector<A> q = scale * target_mass(t, j, n, options);
-    store_lanes<Out, A>(out, j, n, stable_derivative(v, terms, factor) - q * terms.slope);
-  }
-  out[pivot] = ::pyreg::narrow<Out>(scale * (stable_terms(::pyreg::widen(x[pivot])).slope * pivot_gradient));
+    return stable_derivative(v, terms, factor) - q * terms.slope;
+  });
+  out[pivot] = ::pyreg::narrow<Out>(scale * (stable_terms(pivot_logit).slope * pivot_gradient));
 }
 
 template <typename Storage>
@@ -500,10 +526,7 @@ void stablemax_row(const Storage* x, int64_t n, Out* out) {
   const int64_t pivot = 0;
   const RowSum<A> sum = sum_rest(x, n, pivot);
   const RowNormalizer<A> row = normalize_row(sum.rest, ::pyreg::widen(x[pivot]), sum.rescaled);
-  for (int64_t j = 0; j < n; j += kLanes<A>) {
-    const Vector<A> v = load_logits(x, j, n);
-    store_lanes<Out, A>(out, j, n, probability(v, stable_terms(v), row));
-  }
+  map_row(x, n, out, [=](int64_t, Vector<A> v) { return probability(v, stable_terms(v), row); });
 }
 
 // dx_j = s'_j / S (g_j - sum_k g_k p_k)
@@ -517,11 +540,10 @@ void stablemax_row_backward(const Storage* x, const Grad* g, int64_t n, Out* out
     return (load_or_zero(g, j, n) - pivot_grad) * probability(v, stable_terms(v), row);
   });
   const Vector<A> factor = broadcast(row.inverse_sum);
-  for (int64_t j = 0; j < n; j += kLanes<A>) {
-    const Vector<A> v = load_logits(x, j, n);
+  map_row(x, n, out, [=](int64_t j, Vector<A> v) {
     const Vector<A> centred = (load_or_zero(g, j, n) - pivot_grad) - rest;
-    store_lanes<Out, A>(out, j, n, stable_derivative(v, stable_terms(v), factor) * centred);
-  }
+    return stable_derivative(v, stable_terms(v), factor) * centred;
+  });
 }
 
 template <typename Storage, typename Out, typename A = Accumulate<Storage>>
@@ -531,10 +553,7 @@ void log_stablemax_row(const Storage* x, int64_t n, Out* out) {
   const A logit = ::pyreg::widen(x[pivot]);
   const RowNormalizer<A> row = normalize_row(sum.rest, logit, sum.rescaled);
   const A log_sum = log_row_sum(sum.rest, logit, sum.rescaled);
-  for (int64_t j = 0; j < n; j += kLanes<A>) {
-    const Vector<A> v = load_logits(x, j, n);
-    store_lanes<Out, A>(out, j, n, log_probability(v, stable_terms(v), row, log_sum));
-  }
+  map_row(x, n, out, [=](int64_t, Vector<A> v) { return log_probability(v, stable_terms(v), row, log_sum); });
   out[pivot] = ::pyreg::narrow<Out>(-row.negative_log);
 }
 
@@ -548,11 +567,10 @@ void log_stablemax_row_backward(const Storage* x, const Grad* g, int64_t n, Out*
   const A rest_grad = sum_row(x, n, pivot, [=](int64_t j, Vector<A>) { return load_or_zero(g, j, n); });
   const A pivot_grad = ::pyreg::widen(g[pivot]);
   const Vector<A> factor = broadcast((rest_grad + pivot_grad) * row.inverse_sum);
-  for (int64_t j = 0; j < n; j += kLanes<A>) {
-    const Vector<A> v = load_logits(x, j, n);
+  map_row(x, n, out, [=](int64_t j, Vector<A> v) {
     const auto terms = stable_terms(v);
-    store_lanes<Out, A>(out, j, n, load_or_zero(g, j, n) * terms.slope - stable_derivative(v, terms, factor));
-  }
+    return load_or_zero(g, j, n) * terms.slope - stable_derivative(v, terms, factor);
+  });
   out[pivot] = ::pyreg::narrow<Out>(stable_terms(logit).slope * -pivot_difference(row, rest_grad, pivot_grad));
 }
 

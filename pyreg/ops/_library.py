@@ -70,28 +70,33 @@ def differentiable(
         return forward
     torch.library.register_autograd(f"pyreg::{name}", backward, setup_context=setup_context)
 
-    def eager_forward(*args: Any) -> Any:
+    def below_autograd(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return forward(*args)
 
-    def eager_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        setup_context(ctx, inputs, output)
+    def eager_forward(ctx: Any, *args: Any) -> Any:
+        output = below_autograd(*args)
+        setup_context(ctx, args, output)
+        return output
 
-    eager = type(
-        f"pyreg_{name}",
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(eager_forward),
-            "setup_context": staticmethod(eager_setup_context),
-            "backward": staticmethod(backward),
-            "generate_vmap_rule": True,
-        },
+    def function(suffix: str, **methods: Any) -> Callable[..., Any]:
+        methods["backward"] = staticmethod(backward)
+        return type(f"pyreg_{name}{suffix}", (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined, no-any-return]
+
+    # torch.func wants setup_context apart, for which every call inspects forward's signature: 10 us.
+    eager = function("", forward=staticmethod(eager_forward))
+    transformed = function(
+        "_func",
+        forward=staticmethod(below_autograd),
+        setup_context=staticmethod(setup_context),
+        generate_vmap_rule=True,
     )
-    apply = eager.apply  # type: ignore[attr-defined]
-    is_compiling = torch.compiler.is_compiling
+    is_compiling, transforms_active = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
 
     def call(*args: Any) -> Any:
-        return forward(*args) if is_compiling() else apply(*args)
+        if is_compiling():
+            return forward(*args)
+        return transformed(*args) if transforms_active() else eager(*args)
 
     return call
 
