@@ -3,8 +3,8 @@
 ``--backend`` chooses the kernels that the ``device`` fixture stands for:
 
 - ``cpu`` (always run) and ``cuda`` (run where torch sees a GPU);
-- ``cuda_on_cpu``: the project's CUDA kernels, compiled for the emulation in ``tests/cuda_on_cpu``, take the place of the
-  CPU kernels of the same operators, so that the same test bodies run them without a GPU.
+- ``cuda_on_cpu``: the project's CUDA kernels, compiled for the emulation in ``tests/cuda_on_cpu``, take the place of
+  the CPU kernels of the same operators, so that the same test bodies run them without a GPU.
 """
 
 from __future__ import annotations

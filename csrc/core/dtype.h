@@ -36,7 +36,8 @@ struct AccumulateOf<double> {
 template <typename Storage>
 using Accumulate = typename AccumulateOf<Storage>::type;
 
-// Names a type without holding a value: `dispatch_dtype(dtype, [&](auto tag) { using T = typename decltype(tag)::type; })`.
+// Names a type without holding a value: `dispatch_dtype(dtype, [&](auto tag) { using T = typename decltype(tag)::type;
+// })`.
 template <typename T>
 struct TypeTag {
   using type = T;
@@ -54,6 +55,19 @@ void dispatch_dtype(Dtype dtype, Function&& function) {
     case Dtype::float16:
       return function(TypeTag<float16>{});
   }
+}
+
+// Calls function(storage, out) with the types of a 16-bit input that may give float32, or of an input that keeps its
+// own.
+template <typename Function>
+void dispatch_in_out(Dtype in, Dtype out, Function&& function) {
+  dispatch_dtype(in, [&](auto storage) {
+    using Storage = typename decltype(storage)::type;
+    if constexpr (sizeof(Storage) == 2) {
+      if (out == Dtype::float32) return function(storage, TypeTag<float>{});
+    }
+    function(storage, storage);
+  });
 }
 
 // Scalar conversions between storage and accumulation, round to nearest even.

@@ -19,40 +19,40 @@ const char* isa_name(Isa isa);
 // Declares `void name(const Args&)` for every device: pyreg::cpu::name picks the instruction set, pyreg::cuda::name
 // is the CUDA kernel's launcher.
 #if defined(PYREG_X86)
-#define PYREG_DECLARE_KERNEL(name, Args)               \
-  namespace baseline {                                 \
-  void name(const Args& args);                         \
-  }                                                    \
-  namespace avx2 {                                     \
-  void name(const Args& args);                         \
-  }                                                    \
-  namespace avx512 {                                   \
-  void name(const Args& args);                         \
-  }                                                    \
-  namespace cpu {                                      \
-  static inline void name(const Args& args) {          \
-    switch (selected_isa()) {                          \
-      case Isa::avx512:                                \
-        return avx512::name(args);                     \
-      case Isa::avx2:                                  \
-        return avx2::name(args);                       \
-      case Isa::baseline:                              \
-        return baseline::name(args);                   \
-    }                                                  \
-  }                                                    \
-  }                                                    \
-  namespace cuda {                                     \
-  void name(const Args& args);                         \
+#define PYREG_DECLARE_KERNEL(name, Args)      \
+  namespace baseline {                        \
+  void name(const Args& args);                \
+  }                                           \
+  namespace avx2 {                            \
+  void name(const Args& args);                \
+  }                                           \
+  namespace avx512 {                          \
+  void name(const Args& args);                \
+  }                                           \
+  namespace cpu {                             \
+  static inline void name(const Args& args) { \
+    switch (selected_isa()) {                 \
+      case Isa::avx512:                       \
+        return avx512::name(args);            \
+      case Isa::avx2:                         \
+        return avx2::name(args);              \
+      case Isa::baseline:                     \
+        return baseline::name(args);          \
+    }                                         \
+  }                                           \
+  }                                           \
+  namespace cuda {                            \
+  void name(const Args& args);                \
   }
 #else
-#define PYREG_DECLARE_KERNEL(name, Args)                                       \
-  namespace baseline {                                                         \
-  void name(const Args& args);                                                 \
-  }                                                                            \
-  namespace cpu {                                                              \
-  static inline void name(const Args& args) { return baseline::name(args); }   \
-  }                                                                            \
-  namespace cuda {                                                             \
-  void name(const Args& args);                                                 \
+#define PYREG_DECLARE_KERNEL(name, Args)                                     \
+  namespace baseline {                                                       \
+  void name(const Args& args);                                               \
+  }                                                                          \
+  namespace cpu {                                                            \
+  static inline void name(const Args& args) { return baseline::name(args); } \
+  }                                                                          \
+  namespace cuda {                                                           \
+  void name(const Args& args);                                               \
   }
 #endif

@@ -23,6 +23,11 @@ PYREG_HOST_DEVICE float reciprocal(float x) {
 }
 PYREG_HOST_DEVICE double reciprocal(double x) { return 1.0 / x; }
 
+template <typename A>
+PYREG_HOST_DEVICE bool is_infinite(A x) {
+  return absolute(x) == static_cast<A>(INFINITY);
+}
+
 #if defined(PYREG_ON_DEVICE)
 PYREG_HOST_DEVICE float logarithm(float x) { return logf(x); }
 PYREG_HOST_DEVICE double logarithm(double x) { return log(x); }

@@ -18,7 +18,10 @@ template <typename Function>
 inline __attribute__((always_inline)) void parallel_for(int64_t count, int64_t grain, Function&& function) {
   parallel_for_raw(
       count, grain,
-      [](int64_t begin, int64_t end, void* context) { (*static_cast<std::remove_reference_t<Function>*>(context))(begin, end); }, &function);
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<std::remove_reference_t<Function>*>(context))(begin, end);
+      },
+      &function);
 }
 
 }  // namespace pyreg

@@ -1,10 +1,10 @@
 // Rows on CUDA: how threads share the rows of a tensor [outer, classes, inner], and how they walk over one.
 //
-// A row is worked on by a team of threads. A contiguous row has a team of 1 to 32 lanes of a warp (several rows a warp) or
-// a block; of interleaved rows (inner > 1) each warp takes 32 neighbours, so that its loads are contiguous, and the warps
-// of a block share out the classes. One kernel body serves all: see Team and RowView.
-// Where a kernel touches its row again after a reduction, a block keeps it in shared memory; a row that is longer than
-// that, or that belongs to a part of a warp, comes from L2 or L1 the second time.
+// A row is worked on by a team of threads. A contiguous row has a team of 1 to 32 lanes of a warp (several rows a warp)
+// or a block; of interleaved rows (inner > 1) each warp takes 32 neighbours, so that its loads are contiguous, and the
+// warps of a block share out the classes. One kernel body serves all: see Team and RowView. Where a kernel touches its
+// row again after a reduction, a block keeps it in shared memory; a row that is longer than that, or that belongs to a
+// part of a warp, comes from L2 or L1 the second time.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,6 @@
 #include "core/rows.h"
 
 namespace pyreg::cuda {
-
 
 // Threads of the largest block. Kernels that read one stream stay within the 64 registers of 1024 threads; with two
 // 16-byte loads in flight each these keep 32 KB in flight, where 20 KB hide the latency of an H100's memory (computed).

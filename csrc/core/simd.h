@@ -128,8 +128,8 @@ PYREG_HOST_DEVICE FloatVector load_partial(const float* p, int count, float fill
   return bit_cast<FloatVector>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (1u << count) - 1u, p));
 #elif defined(__AVX2__)
   const __m256i mask = bit_cast<__m256i>(lane_index<float>() < count);
-  return bit_cast<FloatVector>(_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask),
-                                                _mm256_castsi256_ps(mask)));
+  return bit_cast<FloatVector>(
+      _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask)));
 #else
   FloatVector v = broadcast(fill);
   for (int lane = 0; lane < count; ++lane) v[lane] = p[lane];

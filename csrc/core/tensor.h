@@ -79,10 +79,10 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, like.get_device_index(),
-      &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
+                               like.get_device_index(), &handle));
   Tensor result(handle);
   if (like.is_cpu()) advise_huge_pages(result.mutable_data_ptr(), static_cast<size_t>(step) * result.element_size());
   return result;

@@ -1,5 +1,5 @@
-// CUDA kernel of scale_rows. A block takes one chunk of one row, finds its factor and leaves where that is 1: a launch that
-// has nothing to do costs microseconds. Bytes moved: one read and one write of the rows whose factor is not 1.
+// CUDA kernel of scale_rows. A block takes one chunk of one row, finds its factor and leaves where that is 1: a launch
+// that has nothing to do costs microseconds. Bytes moved: one read and one write of the rows whose factor is not 1.
 #include <algorithm>
 
 #include "core/cuda.cuh"

@@ -8,10 +8,13 @@
 // Where one class dominates, S - s_j cancels. So every sum here leaves out one class, the pivot p (the target of a
 // class-index loss, else the largest logit): R = sum_{k != p} s_k, and with it
 //
-//   -log p_p = log1p(R / s_p),     1 - p_p = R / S,     g_j - sum_k g_k p_k = (g_j - g_p) - sum_{k != p} (g_k - g_p) p_k
+//   -log p_p = log1p(R / s_p),     1 - p_p = R / S,     g_j - sum_k g_k p_k = (g_j - g_p) - sum_{k != p} (g_k - g_p)
+//   p_k
 //
 // are exact where the plain forms lose all digits.
 #pragma once
+
+#include <type_traits>
 
 #include "core/dtype.h"
 #include "core/isa.h"
@@ -61,14 +64,21 @@ PYREG_HOST_DEVICE T log_stable_value(T x) {
 constexpr int kRescaleBits = 64;
 constexpr float kRescale = 0x1p-64f;
 
+// The sum of a row without its pivot.
+template <typename A>
+struct RowSum {
+  A rest;  // R, times kRescale if rescaled
+  bool rescaled;
+};
+
 // A row's sum S in the forms that values and gradients need. T is a scalar, or a SIMD vector with a row a lane.
 template <typename T>
 struct RowNormalizer {
-  T scale;         // 1, or kRescale where the plain sum overflows
-  T inverse;       // 1 / (scale S): the share of s is (s * scale) * inverse, in numbers that neither over- nor underflow
-  T inverse_sum;   // 1 / S
-  T pivot_share;   // p_p = s_p / S
-  T rest_share;    // 1 - p_p = R / S
+  T scale;        // 1, or kRescale where the plain sum overflows
+  T inverse;      // 1 / (scale S): the share of s is (s * scale) * inverse, in numbers that neither over- nor underflow
+  T inverse_sum;  // 1 / S
+  T pivot_share;  // p_p = s_p / S
+  T rest_share;   // 1 - p_p = R / S
   T negative_log;  // -log p_p
 };
 
@@ -107,8 +117,8 @@ PYREG_HOST_DEVICE RowNormalizer<A> normalize_row(A rest, A pivot_logit, bool res
   return row;
 }
 
-// Q p_p - q_p for a distribution of mass Q = rest_mass + pivot_mass, q_p = pivot_mass: where the pivot has most of the sum,
-// from what the others have.
+// Q p_p - q_p for a distribution of mass Q = rest_mass + pivot_mass, q_p = pivot_mass: where the pivot has most of the
+// sum, from what the others have.
 template <typename T>
 PYREG_HOST_DEVICE T pivot_difference(const RowNormalizer<T>& row, T rest_mass, T pivot_mass) {
   const T mass = rest_mass + pivot_mass;
@@ -149,23 +159,47 @@ struct SavedRows {
 constexpr int64_t kSavedFieldsForLabels = 3;
 constexpr int64_t kSavedFieldsForProbabilities = 4;
 
+// One row's entries there.
+template <typename A>
+struct RowResult {
+  A loss;
+  A sum_gradient;
+  A pivot_gradient;
+};
+
+// An integer in the bits of a saved element, whatever its type.
+template <typename A>
+PYREG_HOST_DEVICE A bits_of_index(int64_t index) {
+  const auto bits = static_cast<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>(index);
+  A element;
+  memcpy(&element, &bits, sizeof(element));
+  return element;
+}
+
+template <typename A>
+PYREG_HOST_DEVICE int64_t index_of_bits(A element) {
+  std::conditional_t<sizeof(A) == 4, int32_t, int64_t> bits;
+  memcpy(&bits, &element, sizeof(bits));
+  return bits;
+}
+
 struct CrossEntropyArgs {
-  Dtype dtype;               // of logits, probabilities and grad_logits
-  Dtype loss_dtype;          // of loss and grad_loss
-  RowLayout layout;          // [outer, classes, inner]
-  const void* logits;        // [outer, classes, inner]
-  int64_t logits_stride;     // between rows where inner == 1
-  const int64_t* labels;     // [outer, inner] class indices, or null
-  const void* probabilities; // [outer, classes, inner], or null
-  const void* weight;        // [classes] class weights in the accumulation dtype, or null
+  Dtype dtype;                // of logits, probabilities and grad_logits
+  Dtype loss_dtype;           // of loss and grad_loss
+  RowLayout layout;           // [outer, classes, inner]
+  const void* logits;         // [outer, classes, inner]
+  int64_t logits_stride;      // between rows where inner == 1
+  const int64_t* labels;      // [outer, inner] class indices, or null
+  const void* probabilities;  // [outer, classes, inner], or null
+  const void* weight;         // [classes] class weights in the accumulation dtype, or null
   int64_t ignore_index;
   double label_smoothing;
   Reduction reduction;
-  void* loss;                // [] or [outer, inner]
-  void* saved;               // see SavedRows
-  const void* grad_loss;     // [] or [outer, inner], backward
-  void* grad_logits;         // [outer, classes, inner], backward; the logits themselves in the in-place form
-  int64_t* invalid_label;    // CPU: receives a label outside [0, classes), else untouched
+  void* loss;              // [] or [outer, inner]
+  void* saved;             // see SavedRows
+  const void* grad_loss;   // [] or [outer, inner], backward
+  void* grad_logits;       // [outer, classes, inner], backward; the logits themselves in the in-place form
+  int64_t* invalid_label;  // CPU: receives a label outside [0, classes), else untouched
   void* stream;
 };
 
@@ -177,8 +211,8 @@ PYREG_DECLARE_KERNEL(stablemax_cross_entropy_backward, CrossEntropyArgs)
 PYREG_DECLARE_KERNEL(stablemax_cross_entropy_in_place, CrossEntropyArgs)
 
 struct StablemaxArgs {
-  Dtype dtype;          // of input, and of grad_input
-  Dtype output_dtype;   // of output and grad_output: dtype, or float32 for a 16-bit dtype
+  Dtype dtype;         // of input, and of grad_input
+  Dtype output_dtype;  // of output and grad_output: dtype, or float32 for a 16-bit dtype
   RowLayout layout;
   const void* input;        // [outer, classes, inner]
   const void* grad_output;  // [outer, classes, inner], backward

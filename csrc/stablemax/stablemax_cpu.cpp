@@ -1,9 +1,9 @@
 // CPU kernels of StableMax. Formulas and notation: stablemax.h.
 //
-// Accumulation: float for float, bfloat16 and float16 (partial sums of 4096 elements by SIMD lanes, then double), double
-// for double. A row is the unit of work: its second pass finds it in cache (32,000 floats are 128 KB).
-// Bytes moved: forward, one read of the logits; backward, one read and one write into fresh memory; in place, one read
-// and one write of the same lines.
+// Accumulation: float for float, bfloat16 and float16 (partial sums of 4096 elements by SIMD lanes, then double),
+// double for double. A row is the unit of work: its second pass finds it in cache (32,000 floats are 128 KB). Bytes
+// moved: forward, one read of the logits; backward, one read and one write into fresh memory; in place, one read and
+// one write of the same lines.
 #include "stablemax/stablemax.h"
 
 namespace pyreg::PYREG_ISA {
@@ -14,11 +14,6 @@ constexpr int64_t kChunk = 4096;  // elements summed in the accumulation type be
 
 template <typename A>
 constexpr A kInfinity = static_cast<A>(__builtin_inf());
-
-template <typename A>
-bool is_infinite(A x) {
-  return absolute(x) == kInfinity<A>;
-}
 
 // Loads lanes [j, j + kLanes) of a row of n; beyond its end -inf, whose s and h are 0.
 template <typename Storage, typename A = Accumulate<Storage>>
@@ -40,9 +35,9 @@ PYREG_HOST_DEVICE void store_lanes(Storage* out, int64_t j, int64_t n, const Vec
   }
 }
 
-// Bytes from a read to the one that is asked for beside it. The hardware's own prefetch ends with a page and leaves too few
-// reads in flight. Forward at 4096 x 32000 on 2 cores: float 27.8 ms without, 23.6 at 1024, 27.7 at 4096; bfloat16 28.3
-// without, 17.0 at 1024, 15.0 at 4096.
+// Bytes from a read to the one that is asked for beside it. The hardware's own prefetch ends with a page and leaves too
+// few reads in flight. Forward at 4096 x 32000 on 2 cores: float 27.8 ms without, 23.6 at 1024, 27.7 at 4096;
+// bfloat16 28.3 without, 17.0 at 1024, 15.0 at 4096.
 template <typename Storage>
 constexpr int64_t kPrefetchBytes = sizeof(Storage) == 2 ? 4096 : 1024;
 
@@ -113,12 +108,6 @@ PYREG_HOST_DEVICE A sum_row(const Storage* x, int64_t n, int64_t excluded, Term&
   return static_cast<A>(total);
 }
 
-template <typename A>
-struct RowSum {
-  A rest;  // R, times kRescale if rescaled
-  bool rescaled;
-};
-
 template <typename Storage, typename A = Accumulate<Storage>>
 RowSum<A> sum_rest(const Storage* x, int64_t n, int64_t pivot) {
   const A rest = sum_row(x, n, pivot, [](int64_t, Vector<A> v) { return stable_value(v); });
@@ -161,20 +150,13 @@ struct Saved {
   A& operator()(SavedRows::Field field, int64_t row) const { return fields[field * rows + row]; }
 };
 
-template <typename A>
-struct RowResult {
-  A loss;
-  A sum_gradient;
-  A pivot_gradient;
-};
-
 // What every row of one call shares.
 template <typename A>
 struct Options {
-  const A* weight;   // [classes] or null
-  A weight_sum;      // sum of class weights, or their number
-  A keep;            // 1 - label_smoothing
-  A spread;          // label_smoothing / classes
+  const A* weight;  // [classes] or null
+  A weight_sum;     // sum of class weights, or their number
+  A keep;           // 1 - label_smoothing
+  A spread;         // label_smoothing / classes
   A weight_of(int64_t label) const { return weight ? weight[label] : A(1); }
 };
 
@@ -188,7 +170,8 @@ Options<A> options_of(const CrossEntropyArgs& args) {
 // ---- class-index targets ----
 
 template <typename Storage, typename A = Accumulate<Storage>>
-PYREG_HOST_DEVICE RowResult<A> label_row_forward(const Storage* x, int64_t n, int64_t label, const Options<A>& options) {
+PYREG_HOST_DEVICE RowResult<A> label_row_forward(const Storage* x, int64_t n, int64_t label,
+                                                 const Options<A>& options) {
   const RowSum<A> sum = sum_rest(x, n, label);
   const A logit = ::pyreg::widen(x[label]);
   const RowNormalizer<A> row = normalize_row(sum.rest, logit, sum.rescaled);
@@ -418,32 +401,18 @@ void labels_in_place(const CrossEntropyArgs& args) {
   const A scale = args.reduction == Reduction::mean ? static_cast<A>(1 / total_weight) : A(1);
   Storage* logits = static_cast<Storage*>(args.grad_logits);
   for_each_row(args.layout, static_cast<const Storage*>(logits), args.layout.classes,
-               static_cast<const Storage*>(nullptr), logits,
-               [&](int64_t row, const auto* x, const auto*, auto* out) {
+               static_cast<const Storage*>(nullptr), logits, [&](int64_t row, const auto* x, const auto*, auto* out) {
                  const int64_t label = args.labels[row], classes = args.layout.classes;
                  saved(SavedRows::loss, row) = 0;
                  if (label == args.ignore_index) return fill_zero(out, classes);
                  const RowResult<A> result = label_row_forward(x, classes, label, options);
                  saved(SavedRows::loss, row) = result.loss;
-                 label_row_backward(x, classes, label, result.sum_gradient, result.pivot_gradient, scale, options,
-                                    out);
+                 label_row_backward(x, classes, label, result.sum_gradient, result.pivot_gradient, scale, options, out);
                });
   finish_losses(args, saved, kSavedFieldsForLabels, total_weight);
 }
 
 // ---- probability targets ----
-
-// An integer kept in the bits of a saved element, whatever its type.
-template <typename A>
-A bits_of_index(int64_t index) {
-  const auto narrow_index = static_cast<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>(index);
-  return bit_cast<A>(narrow_index);
-}
-
-template <typename A>
-int64_t index_of_bits(A bits) {
-  return bit_cast<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>(bits);
-}
 
 // q_j = w_j ((1 - smoothing) t_j + smoothing / classes); 0 beyond the row's end.
 template <typename Probability, typename A>
@@ -467,8 +436,7 @@ RowResult<A> probability_row_forward(const Storage* x, const Probability* t, int
     const Vector<A> log_p = log_probability(v, stable_terms(v), row, log_sum);
     return j + kLanes<A> <= n ? -q * log_p : without_tail<A>(-q * log_p, static_cast<int>(n - j));
   });
-  const A pivot_mass =
-      (options.keep * ::pyreg::widen(t[pivot]) + options.spread) * options.weight_of(pivot);
+  const A pivot_mass = (options.keep * ::pyreg::widen(t[pivot]) + options.spread) * options.weight_of(pivot);
   return {rest_loss + pivot_mass * row.negative_log, (rest_mass + pivot_mass) * row.inverse_sum,
           pivot_difference(row, rest_mass, pivot_mass)};
 }
@@ -574,18 +542,6 @@ void log_stablemax_row_backward(const Storage* x, const Grad* g, int64_t n, Out*
   out[pivot] = ::pyreg::narrow<Out>(stable_terms(logit).slope * -pivot_difference(row, rest_grad, pivot_grad));
 }
 
-// Calls function(storage, out) with the types of a 16-bit input that may give float32, or of an input that keeps its own.
-template <typename Function>
-void dispatch_in_out(Dtype in, Dtype out, Function&& function) {
-  dispatch_dtype(in, [&](auto storage) {
-    using Storage = typename decltype(storage)::type;
-    if constexpr (sizeof(Storage) == 2) {
-      if (out == Dtype::float32) return function(storage, TypeTag<float>{});
-    }
-    function(storage, storage);
-  });
-}
-
 }  // namespace
 
 void stablemax_cross_entropy_forward(const CrossEntropyArgs& args) {
@@ -606,28 +562,27 @@ void stablemax_cross_entropy_in_place(const CrossEntropyArgs& args) {
   dispatch_dtype(args.dtype, [&](auto tag) { labels_in_place<typename decltype(tag)::type>(args); });
 }
 
-#define PYREG_STABLEMAX_FORWARD(name, row_function)                                                          \
-  void name(const StablemaxArgs& args) {                                                                     \
-    dispatch_in_out(args.dtype, args.output_dtype, [&](auto in, auto out) {                                  \
-      using In = typename decltype(in)::type;                                                                \
-      using Out = typename decltype(out)::type;                                                              \
-      for_each_row(args.layout, static_cast<const In*>(args.input), args.layout.classes,                     \
-                   static_cast<const In*>(nullptr), static_cast<Out*>(args.output),                          \
+#define PYREG_STABLEMAX_FORWARD(name, row_function)                                                                 \
+  void name(const StablemaxArgs& args) {                                                                            \
+    dispatch_in_out(args.dtype, args.output_dtype, [&](auto in, auto out) {                                         \
+      using In = typename decltype(in)::type;                                                                       \
+      using Out = typename decltype(out)::type;                                                                     \
+      for_each_row(args.layout, static_cast<const In*>(args.input), args.layout.classes,                            \
+                   static_cast<const In*>(nullptr), static_cast<Out*>(args.output),                                 \
                    [&](int64_t, const auto* x, const auto*, auto* y) { row_function(x, args.layout.classes, y); }); \
-    });                                                                                                      \
+    });                                                                                                             \
   }
 
-#define PYREG_STABLEMAX_BACKWARD(name, row_function)                                                         \
-  void name(const StablemaxArgs& args) {                                                                     \
-    dispatch_in_out(args.dtype, args.output_dtype, [&](auto in, auto grad) {                                 \
-      using In = typename decltype(in)::type;                                                                \
-      using Grad = typename decltype(grad)::type;                                                            \
-      for_each_row(args.layout, static_cast<const In*>(args.input), args.layout.classes,                     \
-                   static_cast<const Grad*>(args.grad_output), static_cast<In*>(args.output),                \
-                   [&](int64_t, const auto* x, const auto* g, auto* dx) {                                    \
-                     row_function(x, g, args.layout.classes, dx);                                            \
-                   });                                                                                       \
-    });                                                                                                      \
+#define PYREG_STABLEMAX_BACKWARD(name, row_function)                                                              \
+  void name(const StablemaxArgs& args) {                                                                          \
+    dispatch_in_out(args.dtype, args.output_dtype, [&](auto in, auto grad) {                                      \
+      using In = typename decltype(in)::type;                                                                     \
+      using Grad = typename decltype(grad)::type;                                                                 \
+      for_each_row(                                                                                               \
+          args.layout, static_cast<const In*>(args.input), args.layout.classes,                                   \
+          static_cast<const Grad*>(args.grad_output), static_cast<In*>(args.output),                              \
+          [&](int64_t, const auto* x, const auto* g, auto* dx) { row_function(x, g, args.layout.classes, dx); }); \
+    });                                                                                                           \
   }
 
 PYREG_STABLEMAX_FORWARD(stablemax_forward, stablemax_row)

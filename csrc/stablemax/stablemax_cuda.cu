@@ -24,17 +24,6 @@ namespace {
 
 // ---- sums of a row without its pivot ----
 
-template <typename A>
-__device__ __forceinline__ bool is_infinite(A x) {
-  return absolute(x) == static_cast<A>(INFINITY);
-}
-
-template <typename A>
-struct RowSum {
-  A rest;  // R, times kRescale if rescaled
-  bool rescaled;
-};
-
 // Some row of the warp overflows: then all of it sums again times kRescale. Each warp of a block sees the same rows,
 // or the block one row: the answer is the same for all threads that share a barrier.
 __device__ __forceinline__ bool any_row(bool overflows) { return __any_sync(kFullWarp, overflows); }
@@ -129,13 +118,6 @@ __device__ __forceinline__ Pivot<A> sum_rest_of_largest(const RowView<Storage>& 
 }
 
 // ---- cross-entropy ----
-
-template <typename A>
-struct RowResult {
-  A loss;
-  A sum_gradient;
-  A pivot_gradient;
-};
 
 // A kernel's arguments. q_j = w_j (keep t_j + spread), t being the target before smoothing.
 template <typename A>
@@ -322,20 +304,6 @@ __global__ void __launch_bounds__((kLabelThreads<Storage, kSmoothing>), 1)
 }
 
 // An integer kept in the bits of a saved element, whatever its type.
-__device__ __forceinline__ float bits_of_index(int index, float) { return float_of_bits(static_cast<uint32_t>(index)); }
-__device__ __forceinline__ double bits_of_index(int index, double) {
-  const int64_t wide = index;
-  double bits;
-  memcpy(&bits, &wide, sizeof(bits));
-  return bits;
-}
-__device__ __forceinline__ int index_of_bits(float bits) { return static_cast<int>(bits_of_float(bits)); }
-__device__ __forceinline__ int index_of_bits(double bits) {
-  int64_t index;
-  memcpy(&index, &bits, sizeof(index));
-  return static_cast<int>(index);
-}
-
 template <typename Storage>
 __global__ void __launch_bounds__(kTwoStreamThreads, 1)
     probabilities_forward(const Call<Accumulate<Storage>> args, const Tiling tiling) {
@@ -372,7 +340,7 @@ __global__ void __launch_bounds__(kTwoStreamThreads, 1)
     const A loss = row.n > 0 ? rest[1] + pivot_mass * normalizer.negative_log : A(0);
     saved.store(index, {loss, (rest[0] + pivot_mass) * normalizer.inverse_sum,
                         pivot_difference(normalizer, rest[0], pivot_mass)});
-    saved(SavedRows::pivot, index) = bits_of_index(pivot.index, A());
+    saved(SavedRows::pivot, index) = bits_of_index<A>(pivot.index);
     if (args.reduction == Reduction::none) store_loss(args, index, loss);
   });
 }
@@ -400,7 +368,7 @@ __global__ void __launch_bounds__((kBackwardThreads<Storage, Probability>), 1)
       }
       pivot = target.label;
     } else {
-      pivot = index_of_bits(saved(SavedRows::pivot, index));
+      pivot = static_cast<int>(index_of_bits(saved(SavedRows::pivot, index)));
       probabilities = static_cast<const Probability*>(args.probabilities) + offset;
     }
     const RowView<Storage> row(args.logits, args.layout, index, args.logits_stride, true, team);
@@ -588,19 +556,6 @@ __global__ void __launch_bounds__(kTwoStreamThreads, 1)
       }
       replace(x, pivot.index - j, at_pivot);
     });
-  });
-}
-
-// Calls function(storage, out) with the types of a 16-bit input that may give float32, or of an input that keeps its
-// own.
-template <typename Function>
-void dispatch_in_out(Dtype in, Dtype out, Function&& function) {
-  dispatch_dtype(in, [&](auto storage) {
-    using Storage = typename decltype(storage)::type;
-    if constexpr (sizeof(Storage) == 2) {
-      if (out == Dtype::float32) return function(storage, TypeTag<float>{});
-    }
-    function(storage, storage);
   });
 }
 

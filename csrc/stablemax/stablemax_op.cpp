@@ -41,6 +41,9 @@ struct Target {
 CrossEntropyArgs cross_entropy_args(const char* name, const Logits& logits, const Target& target,
                                     const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
                                     double label_smoothing, ScalarType loss_type) {
+  PYREG_REQUIRE(
+      target.tensor.is_cpu() == logits.tensor.is_cpu() && (!weight || weight->is_cpu() == logits.tensor.is_cpu()), name,
+      "expected all tensors on one device");
   CrossEntropyArgs args{};
   args.dtype = dtype_of(logits.tensor.scalar_type(), name);
   args.loss_dtype = dtype_of(loss_type, name);
@@ -52,15 +55,16 @@ CrossEntropyArgs cross_entropy_args(const char* name, const Logits& logits, cons
                   " class indices in target, got ", target.tensor.numel());
     args.labels = static_cast<const int64_t*>(target.tensor.const_data_ptr());
   } else {
-    PYREG_REQUIRE(target.tensor.numel() == logits.tensor.numel() &&
-                      target.tensor.scalar_type() == logits.tensor.scalar_type(),
-                  name, "expected probabilities in target of input's shape and dtype");
+    PYREG_REQUIRE(
+        target.tensor.numel() == logits.tensor.numel() && target.tensor.scalar_type() == logits.tensor.scalar_type(),
+        name, "expected probabilities in target of input's shape and dtype");
     args.probabilities = target.tensor.const_data_ptr();
   }
   if (weight) {
     PYREG_REQUIRE(weight->numel() == logits.layout.classes && weight->is_contiguous() &&
                       weight->scalar_type() == accumulate_type(args.dtype),
-                  name, "expected weight of shape [", logits.layout.classes, "], contiguous, in the accumulation dtype");
+                  name, "expected weight of shape [", logits.layout.classes,
+                  "], contiguous, in the accumulation dtype");
     args.weight = weight->const_data_ptr();
   }
   PYREG_REQUIRE(reduction >= 0 && reduction <= 2, name, "expected reduction 0 (none), 1 (mean) or 2 (sum), got ",
@@ -71,9 +75,7 @@ CrossEntropyArgs cross_entropy_args(const char* name, const Logits& logits, cons
   return args;
 }
 
-Target target_of(const Tensor& target) {
-  return {as_contiguous(target), target.scalar_type() == ScalarType::Long};
-}
+Target target_of(const Tensor& target) { return {as_contiguous(target), target.scalar_type() == ScalarType::Long}; }
 
 int64_t saved_size(const CrossEntropyArgs& args) {
   return (args.labels ? kSavedFieldsForLabels : kSavedFieldsForProbabilities) * args.layout.rows() + 1;
@@ -113,22 +115,22 @@ std::tuple<Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optio
   return {loss, saved};
 }
 
-Tensor cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, std::optional<Tensor> weight,
-                              Tensor saved, int64_t reduction, int64_t ignore_index, double label_smoothing) {
+Tensor cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, std::optional<Tensor> weight, Tensor saved,
+                              int64_t reduction, int64_t ignore_index, double label_smoothing) {
   constexpr const char* kName = "stablemax_cross_entropy_backward";
   const Logits logits = logits_of(input, kName);
   const Target goal = target_of(target);
   const Tensor grad = as_contiguous(grad_loss);
-  CrossEntropyArgs args = cross_entropy_args(kName, logits, goal, weight, reduction, ignore_index, label_smoothing,
-                                             grad.scalar_type());
+  CrossEntropyArgs args =
+      cross_entropy_args(kName, logits, goal, weight, reduction, ignore_index, label_smoothing, grad.scalar_type());
   PYREG_REQUIRE(grad.numel() == (args.reduction == Reduction::none ? args.layout.rows() : 1), kName,
                 "expected one gradient a loss, got ", grad.numel());
-  PYREG_REQUIRE(saved.numel() == saved_size(args) && saved.is_contiguous() &&
-                    saved.scalar_type() == accumulate_type(args.dtype),
-                kName, "saved is not what the forward pass returned for this input");
-  Tensor grad_input = input.dim() == 2 ? empty({args.layout.outer, args.layout.classes}, input.scalar_type(), input)
-                                       : empty({args.layout.outer, args.layout.classes, args.layout.inner},
-                                               input.scalar_type(), input);
+  PYREG_REQUIRE(
+      saved.numel() == saved_size(args) && saved.is_contiguous() && saved.scalar_type() == accumulate_type(args.dtype),
+      kName, "saved is not what the forward pass returned for this input");
+  Tensor grad_input =
+      input.dim() == 2 ? empty({args.layout.outer, args.layout.classes}, input.scalar_type(), input)
+                       : empty({args.layout.outer, args.layout.classes, args.layout.inner}, input.scalar_type(), input);
   args.grad_loss = grad.const_data_ptr();
   args.saved = const_cast<void*>(saved.const_data_ptr());
   args.grad_logits = grad_input.mutable_data_ptr();
@@ -163,16 +165,15 @@ Tensor cross_entropy_in_place(Tensor input, Tensor target, std::optional<Tensor>
 
 using StablemaxKernel = void (*)(const StablemaxArgs&);
 
-Tensor apply_rows(const char* name, StablemaxKernel kernel, const Tensor& input, const Tensor* grad_output,
-                  int64_t dim, ScalarType output_type, ScalarType grad_type) {
+Tensor apply_rows(const char* name, StablemaxKernel kernel, const Tensor& input, const Tensor* grad_output, int64_t dim,
+                  ScalarType output_type, ScalarType grad_type) {
   PYREG_REQUIRE(input.dim() >= 1 && dim >= 0 && dim < input.dim(), name, "dim ", dim, " is out of range for input of ",
                 input.dim(), " dimensions");
   const Tensor rows = as_contiguous(input);
   StablemaxArgs args{};
   args.dtype = dtype_of(input.scalar_type(), name);
   args.output_dtype = dtype_of(grad_type, name);
-  PYREG_REQUIRE(args.output_dtype == args.dtype ||
-                    (args.output_dtype == Dtype::float32 && rows.element_size() == 2),
+  PYREG_REQUIRE(args.output_dtype == args.dtype || (args.output_dtype == Dtype::float32 && rows.element_size() == 2),
                 name, "expected the output dtype to be input's, or float32 for a 16-bit input");
   args.layout = layout_of(rows, dim);
   args.input = rows.const_data_ptr();

@@ -19,9 +19,7 @@ def reduction_code(operator: str, reduction: str) -> int:
     try:
         return _REDUCTIONS[reduction]
     except (KeyError, TypeError):
-        raise ValueError(
-            f"{operator}: expected reduction to be 'none', 'mean' or 'sum', got {reduction!r}"
-        ) from None
+        raise ValueError(f"{operator}: expected reduction to be 'none', 'mean' or 'sum', got {reduction!r}") from None
 
 
 def operator(name: str) -> Callable[..., Any]:

@@ -1,4 +1,7 @@
-"""Multiplying a gradient that was formed in the forward pass by its upstream gradient, in place. Kernels: ``csrc/scale_rows``."""
+"""A gradient that was formed in the forward pass, times its upstream gradient, in place.
+
+Kernels: ``csrc/scale_rows``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ _operator = _library.operator("scale_rows_")
 
 
 def scale_rows_(rows: Tensor, factor: Tensor) -> None:
-    """``rows[i] *= factor[i]``, ``rows`` contiguous ``[N, ...]`` and ``factor`` ``[N]`` or ``[]``; free where it is 1."""
+    """``rows[i] *= factor[i]``; ``rows`` contiguous ``[N, ...]``, ``factor`` ``[N]`` or ``[]``. Free where it is 1."""
     _operator(rows, factor)
 
 

@@ -90,8 +90,8 @@ def stablemax_cross_entropy(
     non-zero gradient at a target logit of 1e12.
 
     Args:
-        input: logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ..., dk]``; float64, float32, bfloat16 or float16. Logits whose
-            class dimension lies innermost in memory (``[N, T, C].transpose(1, 2)``) are read as they lie.
+        input: logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ..., dk]``; float64, float32, bfloat16 or float16. Logits
+            whose class dimension lies innermost in memory (``[N, T, C].transpose(1, 2)``) are read as they lie.
         target: class indices ``[]``, ``[N]`` or ``[N, d1, ..., dk]``, int64, or probabilities of the input's shape.
         weight: class weights ``[C]``, or none.
         ignore_index: a class index whose rows add nothing to loss and gradient. Class indices only.
@@ -213,7 +213,7 @@ def _cross_entropy(
     rows, row_target = _as_rows(input, target, labels)
     arguments = (rows, row_target, weight, code, ignore_index, smoothing, _autocast_dtype(input))
     if in_place and rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        loss = _InPlaceCrossEntropy.apply(*arguments)
+        loss = _InPlaceCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         loss = _differentiable_cross_entropy(*arguments)[0]
     if code == 0 and rows is not input:
@@ -349,7 +349,7 @@ def _rows_backward(operator: str) -> Any:
 
 def _slope(input: Tensor) -> Tensor:
     """h = d log s / dx"""
-    return 1 / (1 + input.abs())
+    return torch.reciprocal(1 + input.abs())
 
 
 _ROW_OPERATORS = {
@@ -377,9 +377,7 @@ def _backward_cross_entropy(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple
         return tuple(grads)
     needs_input, needs_target = ctx.needs_input_grad[:2]
     if needs_input and not torch.is_grad_enabled():
-        grads[0] = _cross_entropy_backward(
-            grad_loss, input, target, weight, saved, reduction, ignore_index, smoothing
-        )
+        grads[0] = _cross_entropy_backward(grad_loss, input, target, weight, saved, reduction, ignore_index, smoothing)
         needs_input = False
     if needs_input or needs_target:
         # Expressions of differentiable operators: for create_graph, and for the gradient of probabilities.
@@ -424,7 +422,7 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, *arguments: Any) -> Tensor:
-        loss = _cross_entropy_in_place(input, *arguments)
+        loss: Tensor = _cross_entropy_in_place(input, *arguments)
         # Whatever else saved the logits' values for its own backward pass will say that they have changed.
         torch.autograd.graph.increment_version(input)
         ctx.gradient = input.detach()
@@ -502,10 +500,8 @@ def _(
 # ---- batching ----
 
 
-def _at_front(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+def _at_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """The tensor with its batch dimension first; one that has none is expanded."""
-    if tensor is None:
-        return None
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
