@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import pyreg.optim
 import torch
 from torch import Tensor
+
+import pyreg.optim
 
 from . import floor
 from .harness import FLOOR, OURS, Call, Contender, Workload, compiled

@@ -49,5 +49,4 @@ def _load(name: str, needed: bool) -> Extension:
 
 
 CPU = _load("pyreg._C", needed=True)
-# Operators without a CUDA kernel raise torch's own "could not run ... with arguments from the 'CUDA' backend".
 CUDA = _load("pyreg._C_cuda", needed=torch.version.cuda is not None and CPU.error is None)

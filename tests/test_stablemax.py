@@ -679,15 +679,34 @@ def test_module(device: torch.device) -> None:
     assert list(module.state_dict()) == list(torch.nn.CrossEntropyLoss(weight).state_dict())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
 def test_cuda_graph() -> None:
     x = torch.randn(64, 1000, device="cuda", requires_grad=True)
     y = torch.randint(1000, (64,), device="cuda")
+    expected = value_and_gradients(lambda a: stablemax_cross_entropy(a, y), x)
     step = torch.cuda.make_graphed_callables(lambda a: stablemax_cross_entropy(a, y), (x,))
     loss = step(x)
     loss.backward()
-    expected = value_and_gradients(lambda a: stablemax_cross_entropy(a, y), x)
     torch.testing.assert_close([loss.detach(), x.grad], [expected[0], expected[1] / 0.5])
+
+
+@needs_gpu
+def test_no_wait_for_the_gpu() -> None:
+    x = torch.randn(64, 1000, device="cuda", requires_grad=True)
+    y, q = torch.randint(1000, (64,), device="cuda"), torch.rand(64, 1000, device="cuda")
+    weight = torch.rand(1000, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for target in (y, q):
+            stablemax_cross_entropy(x, target, weight, label_smoothing=0.1).backward()
+        stablemax_cross_entropy_(x * 1, y).backward()
+        (stablemax(x) * log_stablemax(x)).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x.grad.isfinite().all()
 
 
 # ---- bad input ----

@@ -101,23 +101,30 @@ __device__ __forceinline__ void with_elements(const ChunkOfTensor& chunk, Functi
   }
 }
 
-// w.w, w.g and g.g of each chunk
-__global__ void __launch_bounds__(kThreads) sum_chunks(const __grid_constant__ Table table) {
-  const ChunkOfTensor chunk = chunk_of_block(table);
-  OrthogradSums sums{};
+// Calls f(w, g) for every element of the chunk, widened to double.
+template <typename Function>
+__device__ __forceinline__ void read_chunk(const ChunkOfTensor& chunk, Function&& f) {
   with_elements(chunk, [&](const auto* w, const auto* g) {
-    const auto add = [&](double x, double y) {
-      sums.ww += x * x;
-      sums.wg += x * y;
-      sums.gg += y * y;
-    };
     walk_chunk(
         w, g, chunk.size,
         [&](const auto& w_pack, const auto& g_pack, int) {
 #pragma unroll
-          for (int i = 0; i < static_cast<int>(w_pack.kSize); ++i) add(widen(w_pack.value[i]), widen(g_pack.value[i]));
+          for (int i = 0; i < static_cast<int>(w_pack.kSize); ++i) {
+            f(static_cast<double>(widen(w_pack.value[i])), static_cast<double>(widen(g_pack.value[i])));
+          }
         },
-        [&](int i) { add(widen(w[i]), widen(g[i])); });
+        [&](int i) { f(static_cast<double>(widen(w[i])), static_cast<double>(widen(g[i]))); });
+  });
+}
+
+// w.w, w.g and g.g of each chunk
+__global__ void __launch_bounds__(kThreads) sum_chunks(const __grid_constant__ Table table) {
+  const ChunkOfTensor chunk = chunk_of_block(table);
+  OrthogradSums sums{};
+  read_chunk(chunk, [&](double w, double g) {
+    sums.ww += w * w;
+    sums.wg += w * g;
+    sums.gg += g * g;
   });
   sums = block_sum<kThreads>(sums);
   if (threadIdx.x == 0) table.workspace.partial_sums[table.first_chunk + blockIdx.x] = sums;
@@ -140,18 +147,9 @@ __global__ void __launch_bounds__(kThreads) sum_residuals(const __grid_constant_
   if (!orthograd_is_parallel(sums, chunk.tensor.dtype)) return;
   const double projection = orthograd_projection(sums);
   double residual = 0;
-  with_elements(chunk, [&](const auto* w, const auto* g) {
-    const auto add = [&](double x, double y) {
-      const double perpendicular = y - projection * x;
-      residual += perpendicular * perpendicular;
-    };
-    walk_chunk(
-        w, g, chunk.size,
-        [&](const auto& w_pack, const auto& g_pack, int) {
-#pragma unroll
-          for (int i = 0; i < static_cast<int>(w_pack.kSize); ++i) add(widen(w_pack.value[i]), widen(g_pack.value[i]));
-        },
-        [&](int i) { add(widen(w[i]), widen(g[i])); });
+  read_chunk(chunk, [&](double w, double g) {
+    const double perpendicular = g - projection * w;
+    residual += perpendicular * perpendicular;
   });
   residual = block_sum<kThreads>(residual);
   if (threadIdx.x == 0) table.workspace.partial_residuals[table.first_chunk + blockIdx.x] = residual;

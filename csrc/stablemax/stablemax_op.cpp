@@ -95,24 +95,34 @@ void check_labels(int64_t invalid, const CrossEntropyArgs& args) {
   }
 }
 
-std::tuple<Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t reduction,
-                                         int64_t ignore_index, double label_smoothing, ScalarType loss_type) {
-  constexpr const char* kName = "stablemax_cross_entropy";
-  const Logits logits = logits_of(input, kName);
+// The loss and what the backward pass needs; `overwritten`, where given, is the input and receives the gradient.
+std::tuple<Tensor, Tensor> run_forward(const char* name, void (*kernel)(const CrossEntropyArgs&), const Tensor& input,
+                                       const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
+                                       int64_t ignore_index, double label_smoothing, ScalarType loss_type,
+                                       void* overwritten) {
+  const Logits logits = logits_of(input, name);
   const Target goal = target_of(target);
   CrossEntropyArgs args =
-      cross_entropy_args(kName, logits, goal, weight, reduction, ignore_index, label_smoothing, loss_type);
+      cross_entropy_args(name, logits, goal, weight, reduction, ignore_index, label_smoothing, loss_type);
+  PYREG_REQUIRE(overwritten == nullptr || goal.labels, name, "expected class indices in target");
   Tensor loss = empty_loss(args, loss_type, input);
   Tensor saved = empty({saved_size(args)}, accumulate_type(args.dtype), input);
   args.loss = loss.mutable_data_ptr();
   args.saved = saved.mutable_data_ptr();
+  args.grad_logits = overwritten;
   int64_t invalid = ignore_index;
   args.invalid_label = &invalid;
   const Launch launch(input);
   args.stream = launch.stream;
-  PYREG_DEVICE::stablemax_cross_entropy_forward(args);
+  kernel(args);
   check_labels(invalid, args);
   return {loss, saved};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t reduction,
+                                         int64_t ignore_index, double label_smoothing, ScalarType loss_type) {
+  return run_forward("stablemax_cross_entropy", &PYREG_DEVICE::stablemax_cross_entropy_forward, input, target, weight,
+                     reduction, ignore_index, label_smoothing, loss_type, nullptr);
 }
 
 Tensor cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, std::optional<Tensor> weight, Tensor saved,
@@ -144,23 +154,8 @@ Tensor cross_entropy_in_place(Tensor input, Tensor target, std::optional<Tensor>
                               int64_t ignore_index, double label_smoothing, ScalarType loss_type) {
   constexpr const char* kName = "stablemax_cross_entropy_";
   PYREG_REQUIRE(input.is_contiguous(), kName, "expected a contiguous input, whose memory the gradient takes over");
-  const Logits logits = logits_of(input, kName);
-  const Target goal = target_of(target);
-  PYREG_REQUIRE(goal.labels, kName, "expected class indices in target");
-  CrossEntropyArgs args =
-      cross_entropy_args(kName, logits, goal, weight, reduction, ignore_index, label_smoothing, loss_type);
-  Tensor loss = empty_loss(args, loss_type, input);
-  Tensor saved = empty({saved_size(args)}, accumulate_type(args.dtype), input);
-  args.loss = loss.mutable_data_ptr();
-  args.saved = saved.mutable_data_ptr();
-  args.grad_logits = input.mutable_data_ptr();
-  int64_t invalid = ignore_index;
-  args.invalid_label = &invalid;
-  const Launch launch(input);
-  args.stream = launch.stream;
-  PYREG_DEVICE::stablemax_cross_entropy_in_place(args);
-  check_labels(invalid, args);
-  return loss;
+  return std::get<0>(run_forward(kName, &PYREG_DEVICE::stablemax_cross_entropy_in_place, input, target, weight,
+                                 reduction, ignore_index, label_smoothing, loss_type, input.mutable_data_ptr()));
 }
 
 using StablemaxKernel = void (*)(const StablemaxArgs&);

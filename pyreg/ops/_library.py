@@ -105,7 +105,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def has_kernel(tensor: Tensor) -> bool:
-    """Whether the tensor's device has kernels; the others take the plain PyTorch reference."""
+    """Whether the tensor's device has kernels; the others take the plain PyTorch reference.
+
+    A CUDA tensor without CUDA kernels is an error that says why they are not there, not a slow success.
+    """
+    if tensor.is_cuda and _extension.CUDA.error is not None:
+        _extension.CUDA.raise_error()
     return tensor.is_cpu or tensor.is_cuda or tensor.is_meta
 
 
