@@ -16,6 +16,10 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "stablemax_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, Tensor saved, "
       "int reduction, int ignore_index, float label_smoothing) -> Tensor");
   library.def(
+      "stablemax_cross_entropy_with_gradient(Tensor input, Tensor target, Tensor? weight, int reduction, "
+      "int ignore_index, float label_smoothing, ScalarType loss_dtype) -> (Tensor loss, Tensor saved, Tensor "
+      "grad_input)");
+  library.def(
       "stablemax_cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
       "float label_smoothing, ScalarType loss_dtype) -> Tensor");
 

@@ -466,6 +466,85 @@ def test_gradient_only_where_it_is_asked_for(device: torch.device) -> None:
     assert not stablemax_cross_entropy(x, q.detach()).requires_grad
 
 
+# ---- the gradient formed in the forward pass ----
+
+
+@pytest.fixture
+def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape takes the path of large logits."""
+    monkeypatch.setattr(pyreg.ops.stablemax, "_ONE_PASS_BYTES", 0)
+    monkeypatch.setattr(pyreg.ops.stablemax, "_ONE_PASS_CLASSES", 0)
+
+
+@pytest.mark.usefixtures("one_pass")
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_one_pass_against_reference(
+    device: torch.device, options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x, y = logits_like(shape, dtype, device), labels_like(shape, device, ignored=-100)
+    y.view(-1)[-1] = 0
+    of = with_weight(options, shape[1], device)
+    assert_operator_is_as_accurate(
+        lambda a: stablemax_cross_entropy(a, y, **of(a)), lambda a: reference.stablemax_cross_entropy(a, y, **of(a)), x
+    )
+
+
+@pytest.mark.usefixtures("one_pass")
+def test_one_pass_gradient_is_asked_for_again(device: torch.device) -> None:
+    """A second backward pass, another upstream gradient, create_graph, and logits changed in between."""
+    x, y = logits_like((6, 40), torch.float64, device), labels_like((6, 40), device)
+    expected = torch.func.grad(lambda a: reference.stablemax_cross_entropy(a, y))(x)
+    leaf = x.clone().requires_grad_()
+    loss = stablemax_cross_entropy(leaf, y)
+    assert "OnePass" in type(loss.grad_fn).__name__
+    for factor in (1.0, 1.0, -3.0):
+        upstream = torch.tensor(factor, dtype=torch.float64, device=device)
+        (gradient,) = torch.autograd.grad(loss, leaf, upstream, retain_graph=True)
+        torch.testing.assert_close(gradient, factor * expected)
+        gradient.zero_()  # belongs to the caller
+    (scaled,) = torch.autograd.grad(stablemax_cross_entropy(leaf, y) * 5, leaf)
+    torch.testing.assert_close(scaled, 5 * expected)
+    small = x[:2, :5].clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda a: stablemax_cross_entropy(a, y[:2] % 5), (small,))
+    logits = leaf * 1
+    loss = stablemax_cross_entropy(logits, y)
+    logits.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.usefixtures("one_pass")
+@pytest.mark.parametrize("loss_of", [stablemax_cross_entropy, lambda a, y: stablemax_cross_entropy_(a * 1, y)])
+def test_float16_gradients_wait_for_the_loss_scale(device: torch.device, loss_of: Callable[..., Tensor]) -> None:
+    """Half of these gradients are below the smallest float16 until they are multiplied by the scale."""
+    scale = 2.0**14
+    x, y = logits_like((8, 3000), torch.float16, device, scale=300.0).requires_grad_(), labels_like((8, 3000), device)
+    (loss_of(x, y).float() * scale).backward()
+    exact = x.detach().double().requires_grad_()
+    (reference.stablemax_cross_entropy(exact, y) * scale).backward()
+    assert ((exact.grad / scale).half() == 0).double().mean() > 0.4
+    assert relative_error(x.grad, exact.grad) < 4 * ROUNDOFF[torch.float16]
+    lifted = exact.grad.abs() > 2 * torch.finfo(torch.float16).smallest_normal
+    assert lifted.double().mean() > 0.4
+    torch.testing.assert_close(x.grad[lifted].double(), exact.grad[lifted], rtol=4 * ROUNDOFF[torch.float16], atol=0)
+
+
+@pytest.mark.usefixtures("one_pass")
+def test_one_pass_strides(device: torch.device) -> None:
+    test_strides(device)
+
+
+@pytest.mark.large
+def test_large_logits_take_one_pass(device: torch.device) -> None:
+    x, y = torch.randn(64, 32_768, device=device, requires_grad=True), torch.randint(32_768, (64,), device=device)
+    assert "OnePass" in type(stablemax_cross_entropy(x, y).grad_fn).__name__
+    assert "OnePass" not in type(stablemax_cross_entropy(x[:8], y[:8]).grad_fn).__name__
+    with torch.no_grad():
+        assert not stablemax_cross_entropy(x, y).requires_grad
+
+
 # ---- in place ----
 
 
@@ -553,6 +632,7 @@ def test_opcheck(device: torch.device, requires_grad: bool) -> None:
         loss, saved = operators.stablemax_cross_entropy(x, *arguments, torch.float32)
         backward = (torch.ones_like(loss), x, target, weight, saved, *arguments[2:])
         opcheck(operators.stablemax_cross_entropy_backward.default, backward)
+    opcheck(operators.stablemax_cross_entropy_with_gradient.default, (x, y, weight, 1, -100, 0.1, torch.float32))
     opcheck(operators.stablemax_cross_entropy_.default, (x.clone(), y, None, 1, -100, 0.0, torch.float32))
 
 

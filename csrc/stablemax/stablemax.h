@@ -198,7 +198,7 @@ struct CrossEntropyArgs {
   void* loss;              // [] or [outer, inner]
   void* saved;             // see SavedRows
   const void* grad_loss;   // [] or [outer, inner], backward
-  void* grad_logits;       // [outer, classes, inner], backward; the logits themselves in the in-place form
+  void* grad_logits;       // [outer, classes, inner], backward; may be the logits with_gradient
   int64_t* invalid_label;  // CPU: receives a label outside [0, classes), else untouched
   void* stream;
 };
@@ -207,8 +207,9 @@ struct CrossEntropyArgs {
 PYREG_DECLARE_KERNEL(stablemax_cross_entropy_forward, CrossEntropyArgs)
 // grad_logits <- grad_loss, logits, target, saved
 PYREG_DECLARE_KERNEL(stablemax_cross_entropy_backward, CrossEntropyArgs)
-// Both in one pass over the logits, which the gradient for grad_loss = 1 overwrites. Class indices only.
-PYREG_DECLARE_KERNEL(stablemax_cross_entropy_in_place, CrossEntropyArgs)
+// Both in one pass over the logits, the gradient for grad_loss = 1; it may take the logits' own memory. Class indices
+// only.
+PYREG_DECLARE_KERNEL(stablemax_cross_entropy_with_gradient, CrossEntropyArgs)
 
 struct StablemaxArgs {
   Dtype dtype;         // of input, and of grad_input

@@ -148,6 +148,11 @@ struct Saved {
   A* fields;
   int64_t rows;
   A& operator()(SavedRows::Field field, int64_t row) const { return fields[field * rows + row]; }
+  void store(int64_t row, const RowResult<A>& result) const {
+    (*this)(SavedRows::loss, row) = result.loss;
+    (*this)(SavedRows::sum_gradient, row) = result.sum_gradient;
+    (*this)(SavedRows::pivot_gradient, row) = result.pivot_gradient;
+  }
 };
 
 // What every row of one call shares.
@@ -367,9 +372,7 @@ void labels_forward(const CrossEntropyArgs& args) {
                      result = {options.weight_of(label), sum.rest, ::pyreg::widen(x[label])};
                    }
                  }
-                 saved(SavedRows::loss, row) = result.loss;
-                 saved(SavedRows::sum_gradient, row) = result.sum_gradient;
-                 saved(SavedRows::pivot_gradient, row) = result.pivot_gradient;
+                 saved.store(row, result);
                });
   if (!smoothed) finish_label_rows(saved, rescaled.get());
   finish_losses(args, saved, kSavedFieldsForLabels, total_weight);
@@ -392,23 +395,26 @@ void labels_backward(const CrossEntropyArgs& args) {
 }
 
 template <typename Storage>
-void labels_in_place(const CrossEntropyArgs& args) {
+void labels_with_gradient(const CrossEntropyArgs& args) {
   using A = Accumulate<Storage>;
   const Options<A> options = options_of<A>(args);
   const Saved<A> saved{static_cast<A*>(args.saved), args.layout.rows()};
   const double total_weight = total_label_weight(args, options.weight);
   if (*args.invalid_label != args.ignore_index) return;  // nothing is overwritten when the call is going to fail
   const A scale = args.reduction == Reduction::mean ? static_cast<A>(1 / total_weight) : A(1);
-  Storage* logits = static_cast<Storage*>(args.grad_logits);
-  for_each_row(args.layout, static_cast<const Storage*>(logits), args.layout.classes,
-               static_cast<const Storage*>(nullptr), logits, [&](int64_t row, const auto* x, const auto*, auto* out) {
-                 const int64_t label = args.labels[row], classes = args.layout.classes;
-                 saved(SavedRows::loss, row) = 0;
-                 if (label == args.ignore_index) return fill_zero(out, classes);
-                 const RowResult<A> result = label_row_forward(x, classes, label, options);
-                 saved(SavedRows::loss, row) = result.loss;
-                 label_row_backward(x, classes, label, result.sum_gradient, result.pivot_gradient, scale, options, out);
-               });
+  for_each_row(
+      args.layout, static_cast<const Storage*>(args.logits), args.logits_stride, static_cast<const Storage*>(nullptr),
+      static_cast<Storage*>(args.grad_logits), [&](int64_t row, const auto* x, const auto*, auto* out) {
+        const int64_t label = args.labels[row], classes = args.layout.classes;
+        RowResult<A> result{};
+        if (label == args.ignore_index) {
+          fill_zero(out, classes);
+        } else {
+          result = label_row_forward(x, classes, label, options);
+          label_row_backward(x, classes, label, result.sum_gradient, result.pivot_gradient, scale, options, out);
+        }
+        saved.store(row, result);
+      });
   finish_losses(args, saved, kSavedFieldsForLabels, total_weight);
 }
 
@@ -464,9 +470,7 @@ void probabilities_forward(const CrossEntropyArgs& args) {
                [&](int64_t row, const auto* x, const auto* t, auto*) {
                  const int64_t pivot = largest(x, args.layout.classes);
                  const RowResult<A> result = probability_row_forward(x, t, args.layout.classes, pivot, options);
-                 saved(SavedRows::loss, row) = result.loss;
-                 saved(SavedRows::sum_gradient, row) = result.sum_gradient;
-                 saved(SavedRows::pivot_gradient, row) = result.pivot_gradient;
+                 saved.store(row, result);
                  saved(SavedRows::pivot, row) = bits_of_index<A>(pivot);
                });
   finish_losses(args, saved, kSavedFieldsForProbabilities, static_cast<double>(args.layout.rows()));
@@ -558,8 +562,8 @@ void stablemax_cross_entropy_backward(const CrossEntropyArgs& args) {
   });
 }
 
-void stablemax_cross_entropy_in_place(const CrossEntropyArgs& args) {
-  dispatch_dtype(args.dtype, [&](auto tag) { labels_in_place<typename decltype(tag)::type>(args); });
+void stablemax_cross_entropy_with_gradient(const CrossEntropyArgs& args) {
+  dispatch_dtype(args.dtype, [&](auto tag) { labels_with_gradient<typename decltype(tag)::type>(args); });
 }
 
 #define PYREG_STABLEMAX_FORWARD(name, row_function)                                                                 \

@@ -8,8 +8,8 @@
 //
 // Tile: a row and its team of threads, see core/rows.cuh. The second touch of a row comes from shared memory or L2.
 //
-// Bytes of device memory an element, b being the size of a logit: forward b; backward 2 b; in place 2 b; stablemax and
-// its logarithm forward b + the output's; their backward 2 b + the gradient's; probability targets add b to each of
+// Bytes of device memory an element, b being the size of a logit: forward b; backward 2 b; both at once 2 b; stablemax
+// and its logarithm forward b + the output's; their backward 2 b + the gradient's; probability targets add b to each of
 // forward and backward. Flops: about 6 and one reciprocal an element and touch; logarithms only where a result has
 // them.
 //
@@ -270,7 +270,7 @@ __device__ __forceinline__ void write_gradient(const RowView<Storage>& row, cons
 template <typename Storage, bool kSmoothing>
 constexpr int kLabelThreads = kSmoothing ? kTwoStreamThreads : kOneStreamThreads<Storage>;
 
-// Forward, and where grad_logits is given the gradient for an upstream gradient of 1, in place.
+// Forward, and where grad_logits is given the gradient for an upstream gradient of 1; it may be the logits themselves.
 template <typename Storage, bool kSmoothing>
 __global__ void __launch_bounds__((kLabelThreads<Storage, kSmoothing>), 1)
     labels_forward(const Call<Accumulate<Storage>> args, const Tiling tiling) {
@@ -601,12 +601,12 @@ void stablemax_cross_entropy_backward(const CrossEntropyArgs& args) {
   });
 }
 
-void stablemax_cross_entropy_in_place(const CrossEntropyArgs& args) {
+void stablemax_cross_entropy_with_gradient(const CrossEntropyArgs& args) {
   dispatch_dtype(args.dtype, [&](auto tag) {
     using Storage = typename decltype(tag)::type;
     using A = Accumulate<Storage>;
     launch_sum<A>(args, false);  // the total weight, by which a mean's gradients are divided
-    launch_labels<Storage>("stablemax_cross_entropy_in_place", Call<A>(args));
+    launch_labels<Storage>("stablemax_cross_entropy_with_gradient", Call<A>(args));
     if (args.reduction != Reduction::none) launch_sum<A>(args, true);
   });
 }

@@ -95,21 +95,29 @@ void check_labels(int64_t invalid, const CrossEntropyArgs& args) {
   }
 }
 
-// The loss and what the backward pass needs; `overwritten`, where given, is the input and receives the gradient.
+// Contiguous, of the shape and dtype of logits [N, C] or [N, C, inner].
+Tensor empty_rows(const Tensor& input) {
+  if (input.dim() == 2) return empty({input.size(0), input.size(1)}, input.scalar_type(), input);
+  PYREG_REQUIRE(input.dim() == 3, "stablemax_cross_entropy", "expected input of shape [N, C] or [N, C, inner], got ",
+                input.dim(), " dimensions");
+  return empty({input.size(0), input.size(1), input.size(2)}, input.scalar_type(), input);
+}
+
+// The loss and what the backward pass needs; `grad_input`, where given, receives the gradient for grad_loss = 1.
 std::tuple<Tensor, Tensor> run_forward(const char* name, void (*kernel)(const CrossEntropyArgs&), const Tensor& input,
                                        const Tensor& target, const std::optional<Tensor>& weight, int64_t reduction,
                                        int64_t ignore_index, double label_smoothing, ScalarType loss_type,
-                                       void* overwritten) {
+                                       void* grad_input) {
   const Logits logits = logits_of(input, name);
   const Target goal = target_of(target);
   CrossEntropyArgs args =
       cross_entropy_args(name, logits, goal, weight, reduction, ignore_index, label_smoothing, loss_type);
-  PYREG_REQUIRE(overwritten == nullptr || goal.labels, name, "expected class indices in target");
+  PYREG_REQUIRE(grad_input == nullptr || goal.labels, name, "expected class indices in target");
   Tensor loss = empty_loss(args, loss_type, input);
   Tensor saved = empty({saved_size(args)}, accumulate_type(args.dtype), input);
   args.loss = loss.mutable_data_ptr();
   args.saved = saved.mutable_data_ptr();
-  args.grad_logits = overwritten;
+  args.grad_logits = grad_input;
   int64_t invalid = ignore_index;
   args.invalid_label = &invalid;
   const Launch launch(input);
@@ -138,9 +146,7 @@ Tensor cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, std
   PYREG_REQUIRE(
       saved.numel() == saved_size(args) && saved.is_contiguous() && saved.scalar_type() == accumulate_type(args.dtype),
       kName, "saved is not what the forward pass returned for this input");
-  Tensor grad_input =
-      input.dim() == 2 ? empty({args.layout.outer, args.layout.classes}, input.scalar_type(), input)
-                       : empty({args.layout.outer, args.layout.classes, args.layout.inner}, input.scalar_type(), input);
+  Tensor grad_input = empty_rows(input);
   args.grad_loss = grad.const_data_ptr();
   args.saved = const_cast<void*>(saved.const_data_ptr());
   args.grad_logits = grad_input.mutable_data_ptr();
@@ -150,11 +156,22 @@ Tensor cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, std
   return grad_input;
 }
 
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_with_gradient(Tensor input, Tensor target,
+                                                               std::optional<Tensor> weight, int64_t reduction,
+                                                               int64_t ignore_index, double label_smoothing,
+                                                               ScalarType loss_type) {
+  Tensor grad_input = empty_rows(input);
+  const auto [loss, saved] =
+      run_forward("stablemax_cross_entropy_with_gradient", &PYREG_DEVICE::stablemax_cross_entropy_with_gradient, input,
+                  target, weight, reduction, ignore_index, label_smoothing, loss_type, grad_input.mutable_data_ptr());
+  return {loss, saved, grad_input};
+}
+
 Tensor cross_entropy_in_place(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t reduction,
                               int64_t ignore_index, double label_smoothing, ScalarType loss_type) {
   constexpr const char* kName = "stablemax_cross_entropy_";
   PYREG_REQUIRE(input.is_contiguous(), kName, "expected a contiguous input, whose memory the gradient takes over");
-  return std::get<0>(run_forward(kName, &PYREG_DEVICE::stablemax_cross_entropy_in_place, input, target, weight,
+  return std::get<0>(run_forward(kName, &PYREG_DEVICE::stablemax_cross_entropy_with_gradient, input, target, weight,
                                  reduction, ignore_index, label_smoothing, loss_type, input.mutable_data_ptr()));
 }
 
@@ -215,6 +232,7 @@ PYREG_IMPLEMENT(PYREG_LIBRARY, PYREG_DISPATCH_KEY, library) {
   library.impl("log_stablemax_backward", TORCH_BOX(&log_stablemax_backward));
   library.impl("stablemax_cross_entropy", TORCH_BOX(&cross_entropy));
   library.impl("stablemax_cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+  library.impl("stablemax_cross_entropy_with_gradient", TORCH_BOX(&cross_entropy_with_gradient));
   library.impl("stablemax_cross_entropy_", TORCH_BOX(&cross_entropy_in_place));
 }
 
