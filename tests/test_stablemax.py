@@ -69,6 +69,20 @@ def assert_operator_is_as_accurate(
         assert_as_accurate(actual, same_dtype, exact, floor=floor)
 
 
+@pytest.fixture
+def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape takes the path of large logits, whose gradient is formed in the forward pass."""
+    monkeypatch.setattr(pyreg.ops.stablemax, "_ONE_PASS_BYTES", 0)
+    monkeypatch.setattr(pyreg.ops.stablemax, "_ONE_PASS_CLASSES", 0)
+
+
+@pytest.fixture(params=["two passes", "one pass"])
+def passes(request: pytest.FixtureRequest) -> None:
+    """Both ways to the gradient, whatever the shape."""
+    if request.param == "one pass":
+        request.getfixturevalue("one_pass")
+
+
 # ---- right in every dtype ----
 
 
@@ -102,6 +116,7 @@ def with_weight(options: dict[str, Any], classes: int, device: torch.device) -> 
     return of
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
@@ -180,6 +195,7 @@ def test_golden_files_of_the_released_code(device: torch.device, index: int) -> 
 # ---- numerics that the plain form loses ----
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("exponent", [2, 5, 8, 12, 20])
 def test_gradient_at_a_dominant_target(device: torch.device, dtype: torch.dtype, exponent: int) -> None:
@@ -236,6 +252,7 @@ def test_sums_beyond_the_largest_number(device: torch.device, dtype: torch.dtype
     assert value_and_gradients(log_stablemax, x)[1].isfinite().all()
 
 
+@pytest.mark.usefixtures("passes")
 def test_sums_below_the_smallest_number(device: torch.device) -> None:
     """Every logit far below zero: s'(x) alone underflows, s'(x) / S does not."""
     x = torch.full((1, 10), -1e25, device=device)
@@ -247,6 +264,7 @@ def test_sums_below_the_smallest_number(device: torch.device) -> None:
     torch.testing.assert_close(gradient.double().cpu(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_special_points(device: torch.device, dtype: torch.dtype) -> None:
     """0 and 1 (where the released code's fp32 gradient is NaN), both zeros, and the smallest numbers."""
@@ -259,6 +277,7 @@ def test_special_points(device: torch.device, dtype: torch.dtype) -> None:
     assert_operator_is_as_accurate(log_stablemax, reference.log_stablemax, x)
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("classes", [5, 70, 1200])
 def test_masked_classes(device: torch.device, classes: int) -> None:
     """-inf logits have share 0 and gradient 0, and leave the rest as if they were not there."""
@@ -317,6 +336,7 @@ def test_unbatched(device: torch.device, reduction: str) -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -342,6 +362,7 @@ def test_every_combination_of_options(
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-15, equal_nan=True)
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0)], ids=ids)
 def test_empty(device: torch.device, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, device=device, requires_grad=True)
@@ -361,6 +382,7 @@ def test_scalar_input_of_rows(device: torch.device) -> None:
     assert log_stablemax(x, 0).item() == 0.0
 
 
+@pytest.mark.usefixtures("passes")
 def test_strides(device: torch.device) -> None:
     """Views give what their contiguous copies give, and gradients of the view's shape."""
     base = logits_like((6, 5, 40), torch.float32, device)
@@ -469,28 +491,6 @@ def test_gradient_only_where_it_is_asked_for(device: torch.device) -> None:
 # ---- the gradient formed in the forward pass ----
 
 
-@pytest.fixture
-def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every shape takes the path of large logits."""
-    monkeypatch.setattr(pyreg.ops.stablemax, "_ONE_PASS_BYTES", 0)
-    monkeypatch.setattr(pyreg.ops.stablemax, "_ONE_PASS_CLASSES", 0)
-
-
-@pytest.mark.usefixtures("one_pass")
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=ids)
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
-def test_one_pass_against_reference(
-    device: torch.device, options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    x, y = logits_like(shape, dtype, device), labels_like(shape, device, ignored=-100)
-    y.view(-1)[-1] = 0
-    of = with_weight(options, shape[1], device)
-    assert_operator_is_as_accurate(
-        lambda a: stablemax_cross_entropy(a, y, **of(a)), lambda a: reference.stablemax_cross_entropy(a, y, **of(a)), x
-    )
-
-
 @pytest.mark.usefixtures("one_pass")
 def test_one_pass_gradient_is_asked_for_again(device: torch.device) -> None:
     """A second backward pass, another upstream gradient, create_graph, and logits changed in between."""
@@ -529,11 +529,6 @@ def test_float16_gradients_wait_for_the_loss_scale(device: torch.device, loss_of
     lifted = exact.grad.abs() > 2 * torch.finfo(torch.float16).smallest_normal
     assert lifted.double().mean() > 0.4
     torch.testing.assert_close(x.grad[lifted].double(), exact.grad[lifted], rtol=4 * ROUNDOFF[torch.float16], atol=0)
-
-
-@pytest.mark.usefixtures("one_pass")
-def test_one_pass_strides(device: torch.device) -> None:
-    test_strides(device)
 
 
 @pytest.mark.large
@@ -604,6 +599,7 @@ def test_in_place_without_gradient_leaves_the_logits(device: torch.device) -> No
     assert loss == stablemax_cross_entropy(x, y)
 
 
+@pytest.mark.usefixtures("passes")
 def test_inputs_are_not_written(device: torch.device) -> None:
     x, y = logits_like((9, 33), torch.float32, device), labels_like((9, 33), device)
     weight = torch.rand(33, device=device)

@@ -550,16 +550,9 @@ def _(grad_loss: Tensor, input: Tensor, *_: Any) -> Tensor:
 
 
 @_library.fake("stablemax_cross_entropy_")
-def _(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    loss_dtype: torch.dtype,
-) -> Tensor:
-    return _empty_loss(input, reduction, loss_dtype)
+def _(input: Tensor, target: Tensor, *options: Any) -> Tensor:
+    loss: Tensor = _fake_cross_entropy(input, target, *options)[0]
+    return loss
 
 
 # ---- batching ----
