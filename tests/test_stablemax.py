@@ -363,7 +363,9 @@ def test_every_combination_of_options(
 
 
 @pytest.mark.usefixtures("passes")
-@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0)], ids=ids)
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (0, 5, 3), (2, 5, 0), (2, 5, 0, 4), (0, 5, 0, 2), (2, 0, 0), (0, 0)], ids=ids
+)
 def test_empty(device: torch.device, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, device=device, requires_grad=True)
     y = torch.zeros((shape[0], *shape[2:]), dtype=torch.long, device=device)
@@ -374,6 +376,33 @@ def test_empty(device: torch.device, shape: tuple[int, ...]) -> None:
         assert x.grad.shape == shape
     assert stablemax(x, 1).shape == shape
     assert log_stablemax(x, 0).shape == shape
+
+
+def test_ignored_rows_have_no_gradient_whatever_they_hold(device: torch.device) -> None:
+    x = logits_like((4, 6), torch.float64, device)
+    x[1], x[2] = math.nan, -INF
+    y = torch.tensor([0, -100, -100, 3], device=device)
+    for target in (y, torch.full_like(y, -100)):
+        gradients = []
+        for create_graph in (False, True):
+            leaf = x.clone().requires_grad_()
+            loss = stablemax_cross_entropy(leaf, target)
+            gradients.append(torch.autograd.grad(loss, leaf, create_graph=create_graph)[0].detach())
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-15)
+        assert (gradients[0][target == -100] == 0).all()
+    leaf = x.clone().requires_grad_()
+    losses = stablemax_cross_entropy_(leaf * 1, y, reduction="none")
+    upstream = torch.tensor([1.0, math.nan, INF, 2.0], dtype=torch.float64, device=device)
+    (gradient,) = torch.autograd.grad(losses, leaf, upstream)
+    assert (gradient[[1, 2]] == 0).all()
+    assert gradient[[0, 3]].isfinite().all()
+
+
+def test_probabilities_of_another_dtype(device: torch.device) -> None:
+    for shape in ((9,), (4, 9), (2, 9, 3)):
+        x = logits_like((4, *shape), torch.float32, device)[0]
+        q = torch.rand(shape, dtype=torch.float64, device=device)
+        torch.testing.assert_close(stablemax_cross_entropy(x, q), stablemax_cross_entropy(x, q.float()))
 
 
 def test_scalar_input_of_rows(device: torch.device) -> None:
@@ -506,6 +535,10 @@ def test_one_pass_gradient_is_asked_for_again(device: torch.device) -> None:
         gradient.zero_()  # belongs to the caller
     (scaled,) = torch.autograd.grad(stablemax_cross_entropy(leaf, y) * 5, leaf)
     torch.testing.assert_close(scaled, 5 * expected)
+    upstreams = torch.tensor([1.0, 2.0], dtype=torch.float64, device=device)
+    loss = stablemax_cross_entropy(leaf, y)
+    (batched,) = torch.autograd.grad(loss, leaf, upstreams, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack([expected, 2 * expected]))
     small = x[:2, :5].clone().requires_grad_()
     assert torch.autograd.gradgradcheck(lambda a: stablemax_cross_entropy(a, y[:2] % 5), (small,))
     logits = leaf * 1
@@ -573,6 +606,15 @@ def test_in_place_misuse_is_an_error(device: torch.device) -> None:
     leaf, y = logits_like((8, 30), torch.float32, device).requires_grad_(), labels_like((8, 30), device)
     with pytest.raises(RuntimeError, match="leaf"):
         stablemax_cross_entropy_(leaf, y)
+    for view in (leaf.view(30, 8).view(8, 30), leaf[:8]):
+        with pytest.raises(RuntimeError, match="a leaf that requires grad, or a view of one"):
+            stablemax_cross_entropy_(view, y)
+    for change in (lambda z: z.detach().zero_(), lambda z: stablemax_cross_entropy_(z, y)):
+        logits = leaf * 1
+        loss = stablemax_cross_entropy_(logits, y)
+        change(logits)
+        with pytest.raises(RuntimeError, match="has been modified by an inplace operation since"):
+            loss.backward()
     logits = leaf * 1
     loss = stablemax_cross_entropy_(logits, y)
     loss.backward(retain_graph=True)

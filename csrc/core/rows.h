@@ -64,6 +64,7 @@ void for_each_row(const RowLayout& layout, const First* first, int64_t first_str
   using A = Accumulate<First>;
   const int64_t classes = layout.classes, inner = layout.inner;
   const int64_t elements_per_row = classes > 8 ? classes : 8;
+  if (layout.rows() == 0) return;
   if (inner == 1) {
     parallel_for(layout.outer, (kElementsPerTask + elements_per_row - 1) / elements_per_row,
                  [&](int64_t begin, int64_t end) {

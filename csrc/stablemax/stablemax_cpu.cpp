@@ -116,7 +116,7 @@ RowSum<A> sum_rest(const Storage* x, int64_t n, int64_t pivot) {
   return {sum_row(x, n, pivot, [](int64_t, Vector<A> v) { return stable_value(v) * A(kRescale); }), true};
 }
 
-// The largest logit's class, the first of equals; NaN counts as largest so that it reaches the result.
+// The largest logit's class, the first of equals. A row with a NaN may give any class: its sum is NaN all the same.
 template <typename Storage, typename A = Accumulate<Storage>>
 int64_t largest(const Storage* x, int64_t n) {
   Vector<A> best = load_logits(x, 0, n);

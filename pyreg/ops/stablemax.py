@@ -104,7 +104,8 @@ def stablemax_cross_entropy(
 
     Gradient:
         ``dL/dx_j = (sum_k q_k) s'(x_j) / S - q_j / (1 + |x_j|)`` with respect to ``input`` and, for probabilities,
-        ``target``, to any order; the first order is fused, higher ones use plain PyTorch. ``weight`` has none.
+        ``target``, to any order; the first order is fused. Under ``create_graph`` all orders are plain expressions,
+        which lose digits where one class dominates. ``weight`` has none.
         For large logits that need a gradient it is formed together with the loss, in one pass over memory: evaluate
         under :class:`torch.no_grad`, as always, to have the loss alone.
 
@@ -291,13 +292,18 @@ def _check_weight(operator: str, input: Tensor, weight: Tensor) -> Tensor:
     return weight.to(_library.accumulate_dtype(input.dtype)).contiguous()
 
 
+def _belongs_to_leaf(input: Tensor) -> bool:
+    owner = input._base if input._is_view() else input
+    return owner is not None and owner.is_leaf and owner.requires_grad
+
+
 def _check_in_place(operator: str, input: Tensor, labels: bool) -> None:
     if not labels:
         raise ValueError(f"{operator}: expected class indices in target; use stablemax_cross_entropy for probabilities")
-    if input.is_leaf and input.requires_grad and torch.is_grad_enabled():
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and _belongs_to_leaf(input):
         raise RuntimeError(
             f"{operator}: expected the result of an operation, whose memory the gradient takes over, got a leaf that "
-            f"requires grad; use stablemax_cross_entropy"
+            f"requires grad, or a view of one; use stablemax_cross_entropy"
         )
     if not input.is_contiguous():
         raise ValueError(
@@ -312,9 +318,9 @@ def _as_rows(input: Tensor, target: Tensor, labels: bool) -> tuple[Tensor, Tenso
         rows = input
     elif input.dim() == 1:
         rows = input.unsqueeze(0)
-        return rows, target.reshape(1) if labels else target.unsqueeze(0)
+        return rows, target.reshape(1) if labels else _cast(target, input).unsqueeze(0)
     elif input.stride(1) == 1 and (last := input.movedim(1, -1)).is_contiguous():
-        rows = last.reshape(-1, input.shape[1])
+        rows = last.flatten(0, -2)
         return rows, target.reshape(-1) if labels else _cast(target, input).movedim(1, -1).reshape(rows.shape)
     else:
         rows = input.flatten(2)
@@ -394,8 +400,13 @@ def _backward_cross_entropy(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple
         if reduction == 1:
             scale = scale / saved[-1]
         if needs_input:
-            q = _target_distribution(target, x, weight, ignore_index, smoothing)
+            counts = None if target.is_floating_point() else (target != ignore_index).unsqueeze(1)
+            if counts is not None:
+                x = x.where(counts, 0)  # whatever an ignored row holds, its gradient is 0
+            q = _target_distribution(target, x, weight, counts, smoothing)
             gradient = scale * _slope(x) * (q.sum(1, keepdim=True) * stablemax(x, 1) - q)
+            if counts is not None:
+                gradient = gradient.where(counts, 0)
             grads[0] = gradient.to(input.dtype)
         if needs_target:
             grads[1] = _weighted((smoothing - 1) * scale * log_stablemax(x, 1), weight).to(target.dtype)
@@ -403,13 +414,15 @@ def _backward_cross_entropy(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple
 
 
 def _target_distribution(
-    target: Tensor, input: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
+    target: Tensor, input: Tensor, weight: Tensor | None, counts: Tensor | None, smoothing: float
 ) -> Tensor:
-    """q of ``L = -sum_j q_j log p_j``, weights and smoothing included, in input's shape and dtype."""
-    if target.is_floating_point():
-        counts, chosen = None, target.to(input.dtype)
+    """q of ``L = -sum_j q_j log p_j``, weights and smoothing included, in input's shape and dtype.
+
+    ``counts`` tells which rows of class indices are not ignored; None for probabilities.
+    """
+    if counts is None:
+        chosen = target.to(input.dtype)
     else:
-        counts = (target != ignore_index).unsqueeze(1)
         chosen = torch.zeros_like(input).scatter(1, target.unsqueeze(1).where(counts, 0), 1.0)
     q = _weighted((1 - smoothing) * chosen + smoothing / input.shape[1], weight)
     return q if counts is None else q * counts
@@ -450,6 +463,12 @@ def _may_form_gradient_in_forward(rows: Tensor) -> bool:
     )
 
 
+def _is_batched(grad_loss: Tensor) -> bool:
+    """Whether vmap maps over upstream gradients, as ``is_grads_batched`` does by its older implementation."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss)
+
+
 class _OnePassCrossEntropy(torch.autograd.Function):
     """The gradient for an upstream gradient of 1 is formed in the forward pass; the first backward pass takes it.
 
@@ -468,9 +487,9 @@ class _OnePassCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None or torch.is_grad_enabled():
+        if ctx.gradient is None or torch.is_grad_enabled() or _is_batched(grad_loss):
             return _backward_cross_entropy(ctx, grad_loss, None)
+        gradient, ctx.gradient = ctx.gradient, None
         ctx.saved_tensors  # noqa: B018 - raises if the logits were changed in place meanwhile
         scale_rows_(gradient, grad_loss)
         return (gradient, *[None] * 6)
@@ -485,16 +504,25 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
         # Whatever else saved the logits' values for its own backward pass will say that they have changed.
         torch.autograd.graph.increment_version(input)
         ctx.gradient = input.detach()
+        ctx.version = input._version
+        ctx.ignored = arguments[0] == arguments[3] if loss.dim() > 0 else None
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradient is None or torch.is_grad_enabled():
+        if ctx.gradient is None or torch.is_grad_enabled() or _is_batched(grad_loss):
             raise RuntimeError(
                 "stablemax_cross_entropy_: its gradient can be asked for once and to first order, for it lies in the "
                 "logits' memory; use stablemax_cross_entropy"
             )
         gradient, ctx.gradient = ctx.gradient, None
+        if gradient._version != ctx.version:
+            raise RuntimeError(
+                "stablemax_cross_entropy_: the logits' memory, which holds their gradient, has been modified by an "
+                "inplace operation since; use stablemax_cross_entropy"
+            )
+        if ctx.ignored is not None:  # 0 times an infinite upstream gradient would be NaN
+            grad_loss = grad_loss.masked_fill(ctx.ignored, 0)
         if grad_loss.dim() == 2:  # [N, C, inner] with a loss for each of [N, inner]
             gradient.mul_(grad_loss.unsqueeze(1))
         else:
@@ -532,7 +560,7 @@ def _fake_cross_entropy(
     label_smoothing: float,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    rows = input.numel() // input.shape[1]
+    rows = math.prod(_without_classes(input))
     fields = 4 if target.is_floating_point() else 3  # kSavedFields in stablemax.h
     saved = torch.empty((fields * rows + 1,), dtype=_library.accumulate_dtype(input.dtype), device=input.device)
     return _empty_loss(input, reduction, loss_dtype), saved
