@@ -8,9 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-pytest.importorskip("rich")
-image = pytest.importorskip("matplotlib.image")
+from matplotlib import image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -216,11 +216,10 @@ def _cross_entropy(
 
     rows, row_target = _as_rows(input, target, labels)
     arguments = (rows, row_target, weight, code, ignore_index, smoothing, _autocast_dtype(input))
-    if not labels or not _may_form_gradient_in_forward(rows):
-        loss = _differentiable_cross_entropy(*arguments)[0]
-    elif in_place:
+    in_forward = labels and _may_form_gradient_in_forward(rows)
+    if in_forward and in_place:
         loss = _InPlaceCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
-    elif code != 0 and _gains_from_one_pass(rows):
+    elif in_forward and code != 0 and _gains_from_one_pass(rows):
         loss = _OnePassCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         loss = _differentiable_cross_entropy(*arguments)[0]
@@ -401,9 +400,9 @@ def _backward_cross_entropy(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple
             scale = scale / saved[-1]
         if needs_input:
             counts = None if target.is_floating_point() else (target != ignore_index).unsqueeze(1)
-            if counts is not None:
-                x = x.where(counts, 0)  # whatever an ignored row holds, its gradient is 0
-            q = _target_distribution(target, x, weight, counts, smoothing)
+            if counts is not None:  # whatever an ignored row holds, its gradient is 0
+                x, target = x.where(counts, 0), target.where(counts.squeeze(1), 0)
+            q = _target_distribution(target, x, weight, smoothing)
             gradient = scale * _slope(x) * (q.sum(1, keepdim=True) * stablemax(x, 1) - q)
             if counts is not None:
                 gradient = gradient.where(counts, 0)
@@ -413,19 +412,13 @@ def _backward_cross_entropy(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple
     return tuple(grads)
 
 
-def _target_distribution(
-    target: Tensor, input: Tensor, weight: Tensor | None, counts: Tensor | None, smoothing: float
-) -> Tensor:
-    """q of ``L = -sum_j q_j log p_j``, weights and smoothing included, in input's shape and dtype.
-
-    ``counts`` tells which rows of class indices are not ignored; None for probabilities.
-    """
-    if counts is None:
+def _target_distribution(target: Tensor, input: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
+    """q of ``L = -sum_j q_j log p_j``, weights and smoothing included, in input's shape and dtype."""
+    if target.is_floating_point():
         chosen = target.to(input.dtype)
     else:
-        chosen = torch.zeros_like(input).scatter(1, target.unsqueeze(1).where(counts, 0), 1.0)
-    q = _weighted((1 - smoothing) * chosen + smoothing / input.shape[1], weight)
-    return q if counts is None else q * counts
+        chosen = torch.zeros_like(input).scatter(1, target.unsqueeze(1), 1.0)
+    return _weighted((1 - smoothing) * chosen + smoothing / input.shape[1], weight)
 
 
 def _weighted(values: Tensor, weight: Tensor | None) -> Tensor:
