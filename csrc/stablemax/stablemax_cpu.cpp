@@ -4,136 +4,13 @@
 // double for double. A row is the unit of work: its second pass finds it in cache (32,000 floats are 128 KB). Bytes
 // moved: forward, one read of the logits; backward, one read and one write into fresh memory; in place, one read and
 // one write of the same lines.
+#include "stablemax/row_passes.h"
+#include "stablemax/side_by_side.h"
 #include "stablemax/stablemax.h"
 
 namespace pyreg::PYREG_ISA {
 
 namespace {
-
-constexpr int64_t kChunk = 4096;  // elements summed in the accumulation type before they join the row's double
-
-template <typename A>
-constexpr A kInfinity = static_cast<A>(__builtin_inf());
-
-// Loads lanes [j, j + kLanes) of a row of n; beyond its end -inf, whose s and h are 0.
-template <typename Storage, typename A = Accumulate<Storage>>
-PYREG_HOST_DEVICE Vector<A> load_logits(const Storage* x, int64_t j, int64_t n) {
-  return j + kLanes<A> <= n ? load(x + j) : load_partial(x + j, static_cast<int>(n - j), -kInfinity<A>);
-}
-
-template <typename Storage, typename A = Accumulate<Storage>>
-PYREG_HOST_DEVICE Vector<A> load_or_zero(const Storage* x, int64_t j, int64_t n) {
-  return j + kLanes<A> <= n ? load(x + j) : load_partial(x + j, static_cast<int>(n - j), A(0));
-}
-
-template <typename Storage, typename A>
-PYREG_HOST_DEVICE void store_lanes(Storage* out, int64_t j, int64_t n, const Vector<A>& v) {
-  if (j + kLanes<A> <= n) {
-    store(out + j, v);
-  } else {
-    store_partial(out + j, v, static_cast<int>(n - j));
-  }
-}
-
-// Bytes from a read to the one that is asked for beside it. The hardware's own prefetch ends with a page and leaves too
-// few reads in flight. Forward at 4096 x 32000 on 2 cores: float 27.8 ms without, 23.6 at 1024, 27.7 at 4096;
-// bfloat16 28.3 without, 17.0 at 1024, 15.0 at 4096.
-template <typename Storage>
-constexpr int64_t kPrefetchBytes = sizeof(Storage) == 2 ? 4096 : 1024;
-
-// Asks for the lines of a step of `count` elements ahead of x.
-template <int64_t kCount, typename Storage>
-PYREG_HOST_DEVICE void prefetch_ahead(const Storage* x) {
-  for (int64_t byte = 0; byte < kCount * static_cast<int64_t>(sizeof(Storage)); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(x) + kPrefetchBytes<Storage> + byte);
-  }
-}
-
-// Writes out_j = f(j, x_j) over a row.
-template <typename Storage, typename Out, typename Function, typename A = Accumulate<Storage>>
-PYREG_HOST_DEVICE void map_row(const Storage* x, int64_t n, Out* out, Function&& f) {
-  constexpr int64_t kStep = 2 * kLanes<A>;
-  int64_t j = 0;
-  for (; j + kStep <= n; j += kStep) {
-    prefetch_ahead<kStep>(x + j);
-    const Vector<A> first = f(j, load(x + j));
-    const Vector<A> second = f(j + kLanes<A>, load(x + j + kLanes<A>));
-    store(out + j, first);
-    store(out + j + kLanes<A>, second);
-  }
-  for (; j < n; j += kLanes<A>) store_lanes<Out, A>(out, j, n, f(j, load_logits(x, j, n)));
-}
-
-// Zero in the lane of class `excluded`, v elsewhere.
-template <typename A>
-PYREG_HOST_DEVICE Vector<A> without(const Vector<A>& v, int64_t j, int64_t excluded) {
-  return lane_index<A>() == static_cast<decltype(lane_index<A>()[0] + 0)>(excluded - j) ? Vector<A>{} : v;
-}
-
-// Zero from lane `count` on.
-template <typename A>
-PYREG_HOST_DEVICE Vector<A> without_tail(const Vector<A>& v, int count) {
-  return lane_index<A>() < count ? v : Vector<A>{};
-}
-
-// Sum over the row of term(j, x) without class `excluded`; term gives 0 where x = -inf.
-template <typename Storage, typename Term, typename A = Accumulate<Storage>>
-PYREG_HOST_DEVICE A sum_row(const Storage* x, int64_t n, int64_t excluded, Term&& term) {
-  constexpr int64_t kStep = 4 * kLanes<A>;
-  double total = 0;
-  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
-    const int64_t end = chunk + kChunk < n ? chunk + kChunk : n;
-    Vector<A> sum0{}, sum1{}, sum2{}, sum3{};
-    int64_t j = chunk;
-    const bool has_excluded = excluded >= chunk && excluded < end;
-    const int64_t plain_end = has_excluded ? excluded / kStep * kStep : end;
-    const auto plain = [&](int64_t until) {
-      for (; j + kStep <= until; j += kStep) {
-        prefetch_ahead<kStep>(x + j);
-        sum0 += term(j, load(x + j));
-        sum1 += term(j + kLanes<A>, load(x + j + kLanes<A>));
-        sum2 += term(j + 2 * kLanes<A>, load(x + j + 2 * kLanes<A>));
-        sum3 += term(j + 3 * kLanes<A>, load(x + j + 3 * kLanes<A>));
-      }
-    };
-    plain(plain_end);
-    if (has_excluded) {
-      const int64_t step_end = j + kStep < end ? j + kStep : end;
-      for (; j < step_end; j += kLanes<A>) sum0 += without<A>(term(j, load_logits(x, j, n)), j, excluded);
-      plain(end);
-    }
-    for (; j < end; j += kLanes<A>) sum1 += term(j, load_logits(x, j, n));
-    total += sum_lanes((sum0 + sum1) + (sum2 + sum3));
-  }
-  return static_cast<A>(total);
-}
-
-template <typename Storage, typename A = Accumulate<Storage>>
-RowSum<A> sum_rest(const Storage* x, int64_t n, int64_t pivot) {
-  const A rest = sum_row(x, n, pivot, [](int64_t, Vector<A> v) { return stable_value(v); });
-  const A sum = rest + stable_value(::pyreg::widen(x[pivot]));
-  if (__builtin_expect(!is_infinite(sum), 1)) return {rest, false};
-  return {sum_row(x, n, pivot, [](int64_t, Vector<A> v) { return stable_value(v) * A(kRescale); }), true};
-}
-
-// The largest logit's class, the first of equals. A row with a NaN may give any class: its sum is NaN all the same.
-template <typename Storage, typename A = Accumulate<Storage>>
-int64_t largest(const Storage* x, int64_t n) {
-  Vector<A> best = load_logits(x, 0, n);
-  for (int64_t j = kLanes<A>; j < n; j += kLanes<A>) {
-    const Vector<A> v = load_logits(x, j, n);
-    best = v <= best ? best : v;
-  }
-  A value = best[0];
-  for (int lane = 1; lane < kLanes<A>; ++lane) value = best[lane] <= value ? value : best[lane];
-  for (int64_t j = 0; j < n; j += kLanes<A>) {
-    const auto hit = load_or_zero(x, j, n) == broadcast(value);
-    for (int lane = 0; lane < kLanes<A> && j + lane < n; ++lane) {
-      if (hit[lane]) return j + lane;
-    }
-  }
-  return 0;  // NaN equals nothing: every class gives the same NaN
-}
 
 template <typename A>
 A sum_weights(const A* weight, int64_t classes) {
@@ -152,6 +29,10 @@ struct Saved {
     (*this)(SavedRows::loss, row) = result.loss;
     (*this)(SavedRows::sum_gradient, row) = result.sum_gradient;
     (*this)(SavedRows::pivot_gradient, row) = result.pivot_gradient;
+  }
+  RowResult<A> load(int64_t row) const {
+    return {(*this)(SavedRows::loss, row), (*this)(SavedRows::sum_gradient, row),
+            (*this)(SavedRows::pivot_gradient, row)};
   }
 };
 
@@ -174,22 +55,16 @@ Options<A> options_of(const CrossEntropyArgs& args) {
 
 // ---- class-index targets ----
 
-template <typename Storage, typename A = Accumulate<Storage>>
-PYREG_HOST_DEVICE RowResult<A> label_row_forward(const Storage* x, int64_t n, int64_t label,
-                                                 const Options<A>& options) {
-  const RowSum<A> sum = sum_rest(x, n, label);
-  const A logit = ::pyreg::widen(x[label]);
+// A row's result from the sum of its rest and, under label smoothing, sum_j w_j log s_j over all classes.
+template <typename A>
+PYREG_HOST_DEVICE RowResult<A> label_result(const RowSum<A>& sum, A logit, A log_stable, int64_t label,
+                                            const Options<A>& options) {
   const RowNormalizer<A> row = normalize_row(sum.rest, logit, sum.rescaled);
   const A target = options.keep * options.weight_of(label);
   RowResult<A> result;
   result.loss = target * row.negative_log;
   A rest_mass = 0, pivot_mass = target;
   if (options.spread > 0) {
-    const A* weight = options.weight;
-    const A log_stable = sum_row(x, n, -1, [=](int64_t j, Vector<A> v) {
-      const Vector<A> term = weight ? load_or_zero(weight, j, n) * log_stable_value(v) : log_stable_value(v);
-      return j + kLanes<A> <= n ? term : without_tail<A>(term, static_cast<int>(n - j));
-    });
     const A log_sum = log_row_sum(sum.rest, logit, sum.rescaled);
     result.loss += options.spread * (options.weight_sum * log_sum - log_stable);
     rest_mass = options.spread * (options.weight_sum - options.weight_of(label));
@@ -198,6 +73,21 @@ PYREG_HOST_DEVICE RowResult<A> label_row_forward(const Storage* x, int64_t n, in
   result.sum_gradient = (rest_mass + pivot_mass) * row.inverse_sum;
   result.pivot_gradient = pivot_difference(row, rest_mass, pivot_mass);
   return result;
+}
+
+template <typename Storage, typename A = Accumulate<Storage>>
+PYREG_HOST_DEVICE RowResult<A> label_row_forward(const Storage* x, int64_t n, int64_t label,
+                                                 const Options<A>& options) {
+  const RowSum<A> sum = sum_rest(x, n, label);
+  A log_stable = 0;
+  if (options.spread > 0) {
+    const A* weight = options.weight;
+    log_stable = sum_row(x, n, -1, [=](int64_t j, Vector<A> v) {
+      const Vector<A> term = weight ? load_or_zero(weight, j, n) * log_stable_value(v) : log_stable_value(v);
+      return j + kLanes<A> <= n ? term : without_tail<A>(term, static_cast<int>(n - j));
+    });
+  }
+  return label_result(sum, ::pyreg::widen(x[label]), log_stable, label, options);
 }
 
 // grad_j = scale ((Q/S) s'_j - q_j h_j)
@@ -349,12 +239,114 @@ void finish_label_rows(const Saved<A>& saved, const char* rescaled) {
   });
 }
 
+// ---- class-index targets, rows side by side ----
+
+template <typename Storage, typename A = Accumulate<Storage>>
+void label_block_forward(const RowBlock<Storage>& rows, const BlockLabels<A>& labels, const Options<A>& options,
+                         RowResult<A>* results) {
+  BlockLanes<A> rest, log_stable{};
+  bool rescaled[kBlockVectors * kLanes<A>];
+  sum_rest_block(rows, labels, rest, rescaled);
+  if (options.spread > 0) {
+    dispatch_vectors(rows.vectors(), [&](auto vectors) {
+      sum_block<decltype(vectors)::value>(rows, log_stable, [&](int64_t j, int, Vector<A> x) {
+        return options.weight_of(j) * log_stable_value(x);
+      });
+    });
+  }
+  for (int k = 0; k < rows.count; ++k) {
+    const int64_t label = labels.value[k];
+    results[k] = {};
+    if (label < 0) continue;
+    const A logit = ::pyreg::widen(rows.x[label * rows.stride + k]);
+    results[k] = label_result<A>({rest.value[k], rescaled[k]}, logit, log_stable.value[k], label, options);
+  }
+}
+
+template <typename Storage, typename A = Accumulate<Storage>>
+void label_block_backward(const RowBlock<Storage>& rows, const BlockLabels<A>& labels, const RowResult<A>* results,
+                          const A* scale, const Options<A>& options, Storage* out) {
+  BlockLanes<A> factor{}, spread{}, pivot{};
+  for (int k = 0; k < rows.count; ++k) {
+    const int64_t label = labels.value[k];
+    if (label < 0) continue;
+    const A logit = ::pyreg::widen(rows.x[label * rows.stride + k]);  // read before an in-place result overwrites it
+    factor.value[k] = scale[k] * results[k].sum_gradient;
+    spread.value[k] = scale[k] * options.spread;
+    pivot.value[k] = scale[k] * (stable_terms(logit).slope * results[k].pivot_gradient);
+  }
+  dispatch_vectors(rows.vectors(), [&](auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    Vector<A> factors[kVectors];
+    LaneIndex<A> label[kVectors];
+    for (int v = 0; v < kVectors; ++v) factors[v] = factor.vector(v), label[v] = labels.vector(v);
+    const auto map = [&](auto&& gradient) {
+      map_block<kVectors>(rows, out, [&](int64_t j, int v, Vector<A> x) {
+        return label[v] < 0 ? Vector<A>{} : gradient(j, v, x, stable_terms(x));  // 0 whatever an ignored row holds
+      });
+    };
+    if (options.spread > 0) {
+      map([&](int64_t j, int v, Vector<A> x, const StableTerms<Vector<A>>& terms) {
+        const Vector<A> q = spread.vector(v) * options.weight_of(j);
+        return stable_derivative(x, terms, factors[v]) - q * terms.slope;
+      });
+    } else {
+      map([&](int64_t, int v, Vector<A> x, const StableTerms<Vector<A>>& terms) {
+        return stable_derivative(x, terms, factors[v]);
+      });
+    }
+  });
+  for (int k = 0; k < rows.count; ++k) {
+    if (labels.value[k] >= 0) out[labels.value[k] * rows.stride + k] = ::pyreg::narrow<Storage>(pivot.value[k]);
+  }
+}
+
+// Calls body(first_row, block, labels, offset), offset the block's first element, for blocks of all rows, in parallel.
+template <typename Storage, typename Body>
+void for_each_block(const CrossEntropyArgs& args, Body&& body) {
+  using A = Accumulate<Storage>;
+  const RowLayout& layout = args.layout;
+  // Narrower blocks where wide ones would leave threads without work; no row's result depends on the width.
+  constexpr int64_t kFewBlocks = 8;
+  int64_t width = kBlockVectors * kLanes<A>;
+  while (width > kLanes<A> && layout.outer * ((layout.inner + width - 1) / width) < kFewBlocks) width /= 2;
+  const int64_t blocks = (layout.inner + width - 1) / width;
+  const int64_t grain = (kElementsPerTask + width * layout.classes - 1) / (width * layout.classes);
+  parallel_for(layout.outer * blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t column = block % blocks * width, first_row = block / blocks * layout.inner + column;
+      const int64_t offset = block / blocks * layout.classes * layout.inner + column;
+      const int count = static_cast<int>(layout.inner - column < width ? layout.inner - column : width);
+      BlockLabels<A> labels;
+      for (int k = 0; k < kBlockVectors * kLanes<A>; ++k) labels.value[k] = -1;
+      for (int k = 0; k < count; ++k) {
+        const int64_t label = args.labels[first_row + k];
+        if (is_class(label, args)) labels.value[k] = static_cast<typename BlockLabels<A>::Index>(label);
+      }
+      const Storage* x = static_cast<const Storage*>(args.logits) + offset;
+      body(first_row, RowBlock<Storage>{x, layout.classes, layout.inner, count}, labels, offset);
+    }
+  });
+}
+
+bool lie_side_by_side(const RowLayout& layout) {
+  return layout.inner >= kLeastSideBySide && layout.classes <= INT32_MAX;
+}
+
 template <typename Storage>
 void labels_forward(const CrossEntropyArgs& args) {
   using A = Accumulate<Storage>;
   const Options<A> options = options_of<A>(args);
   const Saved<A> saved{static_cast<A*>(args.saved), args.layout.rows()};
   const double total_weight = total_label_weight(args, options.weight);
+  if (lie_side_by_side(args.layout)) {
+    for_each_block<Storage>(args, [&](int64_t row, const auto& rows, const auto& labels, int64_t) {
+      RowResult<A> results[kBlockVectors * kLanes<A>];
+      label_block_forward(rows, labels, options, results);
+      for (int k = 0; k < rows.count; ++k) saved.store(row + k, results[k]);
+    });
+    return finish_losses(args, saved, kSavedFieldsForLabels, total_weight);
+  }
   const bool smoothed = options.spread > 0;
   Scratch<char> rescaled(smoothed ? 0 : saved.rows);
   for_each_row(args.layout, static_cast<const Storage*>(args.logits), args.logits_stride,
@@ -384,6 +376,14 @@ void labels_backward(const CrossEntropyArgs& args) {
   const Options<A> options = options_of<A>(args);
   const Saved<A> saved{static_cast<A*>(const_cast<void*>(args.saved)), args.layout.rows()};
   const UpstreamGradient<A> upstream(args, saved.fields[kSavedFieldsForLabels * saved.rows]);
+  if (lie_side_by_side(args.layout)) {
+    return for_each_block<Storage>(args, [&](int64_t row, const auto& rows, const auto& labels, int64_t offset) {
+      RowResult<A> results[kBlockVectors * kLanes<A>];
+      A scale[kBlockVectors * kLanes<A>];
+      for (int k = 0; k < rows.count; ++k) results[k] = saved.load(row + k), scale[k] = upstream(row + k);
+      label_block_backward(rows, labels, results, scale, options, static_cast<Storage*>(args.grad_logits) + offset);
+    });
+  }
   for_each_row(args.layout, static_cast<const Storage*>(args.logits), args.logits_stride,
                static_cast<const Storage*>(nullptr), static_cast<Storage*>(args.grad_logits),
                [&](int64_t row, const auto* x, const auto*, auto* out) {
@@ -402,6 +402,16 @@ void labels_with_gradient(const CrossEntropyArgs& args) {
   const double total_weight = total_label_weight(args, options.weight);
   if (*args.invalid_label != args.ignore_index) return;  // nothing is overwritten when the call is going to fail
   const A scale = args.reduction == Reduction::mean ? static_cast<A>(1 / total_weight) : A(1);
+  if (lie_side_by_side(args.layout)) {
+    for_each_block<Storage>(args, [&](int64_t row, const auto& rows, const auto& labels, int64_t offset) {
+      RowResult<A> results[kBlockVectors * kLanes<A>];
+      A scales[kBlockVectors * kLanes<A>];
+      label_block_forward(rows, labels, options, results);
+      for (int k = 0; k < rows.count; ++k) saved.store(row + k, results[k]), scales[k] = scale;
+      label_block_backward(rows, labels, results, scales, options, static_cast<Storage*>(args.grad_logits) + offset);
+    });
+    return finish_losses(args, saved, kSavedFieldsForLabels, total_weight);
+  }
   for_each_row(
       args.layout, static_cast<const Storage*>(args.logits), args.logits_stride, static_cast<const Storage*>(nullptr),
       static_cast<Storage*>(args.grad_logits), [&](int64_t row, const auto* x, const auto*, auto* out) {

@@ -119,4 +119,19 @@ def checks_values() -> bool:
     return os.environ.get("PYREG_CHECKS") == "1" and not torch.compiler.is_compiling()
 
 
+def check_float(operator: str, name: str, tensor: Any) -> None:
+    """An error unless the argument ``name`` is a tensor of a dtype that kernels take."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{operator}: expected {name} to be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
+            f"convert it with {name}.float()"
+        )
+
+
+def shape_text(tensor: Tensor) -> str:
+    return f"of shape {list(tensor.shape)}"
+
+
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyreg.ops import _library
+from pyreg.ops import _classes, _library
 from pyreg.ops.scale_rows import scale_rows_
 from pyreg.reference import stablemax as reference
 
@@ -148,16 +148,6 @@ def stablemax_cross_entropy_(
 # ---- argument checks and shapes ----
 
 
-def _check_float(operator: str, name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _library.FLOAT_DTYPES:
-        raise TypeError(
-            f"{operator}: expected {name} to be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
-            f"convert it with {name}.float()"
-        )
-
-
 def _autocast_dtype(input: Tensor) -> torch.dtype:
     if input.dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
         return torch.float32
@@ -165,24 +155,20 @@ def _autocast_dtype(input: Tensor) -> torch.dtype:
 
 
 def _rows(operator: str, input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
-    _check_float(operator, "input", input)
+    _library.check_float(operator, "input", input)
     rank = max(input.dim(), 1)
     if not -rank <= dim < rank:
-        raise IndexError(f"{operator}: expected dim in [{-rank}, {rank - 1}] for input {_shape(input)}, got {dim}")
+        raise IndexError(f"{operator}: expected dim in [{-rank}, {rank - 1}] for input {_library.shape_text(input)}, got {dim}")
     if dtype is None:
         dtype = _autocast_dtype(input) if input.is_cuda else input.dtype
     elif dtype != input.dtype and not (input.dtype.itemsize == 2 and dtype == torch.float32):
         input = input.to(dtype)
-        _check_float(operator, "dtype", input)
+        _library.check_float(operator, "dtype", input)
     if not _library.has_kernel(input):
         return getattr(reference, operator)(input, dim, dtype)  # type: ignore[no-any-return]
     if input.dim() == 0:
         return _ROW_OPERATORS[operator](input.reshape(1), 0, dtype).reshape(())  # type: ignore[no-any-return]
     return _ROW_OPERATORS[operator](input, dim % rank, dtype)  # type: ignore[no-any-return]
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"of shape {list(tensor.shape)}"
 
 
 def _cross_entropy(
@@ -195,16 +181,14 @@ def _cross_entropy(
     label_smoothing: float,
     in_place: bool,
 ) -> Tensor:
-    _check_float(operator, "input", input)
+    _library.check_float(operator, "input", input)
     if not isinstance(target, Tensor):
         raise TypeError(f"{operator}: expected target to be a tensor, got {type(target).__name__}")
     code = _library.reduction_code(operator, reduction)
-    if not label_smoothing <= 1.0:
-        raise ValueError(f"{operator}: expected label_smoothing in [0, 1], got {label_smoothing}")
-    smoothing = float(label_smoothing) if label_smoothing > 0.0 else 0.0  # torch reads a negative value as none
+    smoothing = _classes.check_smoothing(operator, label_smoothing)
     labels = _check_target(operator, input, target, ignore_index)
     if weight is not None:
-        weight = _check_weight(operator, input, weight)
+        weight = _classes.check_weight(operator, weight, _class_count(input), input)
     if in_place:
         _check_in_place(operator, input, labels)
     if not _library.has_kernel(input):
@@ -212,7 +196,7 @@ def _cross_entropy(
     if labels and target.dtype != torch.int64:
         target = target.long()
     if labels and input.is_cuda and _library.checks_values():
-        _check_labels(operator, input, target, ignore_index)
+        _classes.check_labels(operator, target, _class_count(input), ignore_index)
 
     rows, row_target = _as_rows(input, target, labels)
     arguments = (rows, row_target, weight, code, ignore_index, smoothing, _autocast_dtype(input))
@@ -226,6 +210,10 @@ def _cross_entropy(
     if code == 0 and rows is not input:
         return loss.reshape(target.shape if labels else _without_classes(input))  # type: ignore[no-any-return]
     return loss  # type: ignore[no-any-return]
+
+
+def _class_count(input: Tensor) -> int:
+    return input.shape[min(input.dim() - 1, 1)]
 
 
 def _without_classes(input: Tensor) -> tuple[int, ...]:
@@ -242,11 +230,11 @@ def _check_target(operator: str, input: Tensor, target: Tensor, ignore_index: in
     if input.dim() == 0:
         raise ValueError(f"{operator}: expected input of shape [C], [N, C] or [N, C, d1, ..., dk], got a 0-d tensor")
     if input.shape[min(input.dim() - 1, 1)] == 0 and math.prod(_without_classes(input)) > 0:
-        raise ValueError(f"{operator}: expected at least one class, got input {_shape(input)}")
+        raise ValueError(f"{operator}: expected at least one class, got input {_library.shape_text(input)}")
     if target.shape == input.shape:
         if not target.is_floating_point():
             raise TypeError(
-                f"{operator}: target {_shape(target)} equals input's shape and so holds probabilities: expected a "
+                f"{operator}: target {_library.shape_text(target)} equals input's shape and so holds probabilities: expected a "
                 f"floating dtype, got {target.dtype}; class indices have shape {list(_without_classes(input))}"
             )
         if ignore_index >= 0:
@@ -265,30 +253,6 @@ def _check_target(operator: str, input: Tensor, target: Tensor, ignore_index: in
     if target.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"{operator}: expected class indices of dtype int64, got {target.dtype}; use target.long()")
     return True
-
-
-def _check_labels(operator: str, input: Tensor, target: Tensor, ignore_index: int) -> None:
-    """What the CPU kernel does on its way; on a GPU it waits for the result."""
-    classes = input.shape[min(input.dim() - 1, 1)]
-    invalid = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
-    if invalid.numel() > 0:
-        raise IndexError(
-            f"{operator}: target has class {invalid[0].item()}, which is out of bounds for input with {classes} "
-            f"classes; expected 0 <= target < {classes} or ignore_index = {ignore_index}"
-        )
-
-
-def _check_weight(operator: str, input: Tensor, weight: Tensor) -> Tensor:
-    """The weights in the accumulation dtype."""
-    _check_float(operator, "weight", weight)
-    classes = input.shape[min(input.dim() - 1, 1)]
-    if weight.shape != (classes,):
-        raise ValueError(f"{operator}: expected weight of shape [C] = [{classes}], got {list(weight.shape)}")
-    if weight.device != input.device:
-        raise ValueError(f"{operator}: expected weight on input's device {input.device}, got {weight.device}")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{operator}: weight has no gradient; pass weight.detach()")
-    return weight.to(_library.accumulate_dtype(input.dtype)).contiguous()
 
 
 def _belongs_to_leaf(input: Tensor) -> bool:

@@ -1,0 +1,36 @@
+"""Arguments that losses over classes share: class indices, class weights, label smoothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyreg.ops import _library
+
+
+def check_smoothing(operator: str, label_smoothing: float) -> float:
+    if not label_smoothing <= 1.0:
+        raise ValueError(f"{operator}: expected label_smoothing in [0, 1], got {label_smoothing}")
+    return float(label_smoothing) if label_smoothing > 0.0 else 0.0  # torch reads a negative value as none
+
+
+def check_labels(operator: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """An error where a class index is out of range; on a GPU it waits for the result."""
+    invalid = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+    if invalid.numel() > 0:
+        raise IndexError(
+            f"{operator}: target has class {invalid[0].item()}, which is out of bounds for input with {classes} "
+            f"classes; expected 0 <= target < {classes} or ignore_index = {ignore_index}"
+        )
+
+
+def check_weight(operator: str, weight: Tensor, classes: int, input: Tensor) -> Tensor:
+    """The class weights, contiguous, in the dtype in which the operator sums."""
+    _library.check_float(operator, "weight", weight)
+    if weight.shape != (classes,):
+        raise ValueError(f"{operator}: expected weight of shape [C] = [{classes}], got {list(weight.shape)}")
+    if weight.device != input.device:
+        raise ValueError(f"{operator}: expected weight on input's device {input.device}, got {weight.device}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{operator}: weight has no gradient; pass weight.detach()")
+    return weight.to(_library.accumulate_dtype(input.dtype)).contiguous()
