@@ -4,6 +4,7 @@
 #include <torch/headeronly/version.h>
 
 #if !defined(PYREG_WITH_CUDA)
+#include "core/huge_pages.h"
 #include "core/isa.h"
 #endif
 
@@ -26,4 +27,9 @@ PYBIND11_MODULE(PYREG_MODULE_NAME, module) {
 #endif
     return info;
   });
+#if !defined(PYREG_WITH_CUDA)
+  module.def("advise_huge_pages", [](uintptr_t address, size_t bytes) {
+    pyreg::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+  });
+#endif
 }

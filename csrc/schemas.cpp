@@ -23,6 +23,17 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "stablemax_cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
       "float label_smoothing, ScalarType loss_dtype) -> Tensor");
 
+  // Linear + StableMax: pyreg/ops/linear_stablemax.py
+  library.def(
+      "linear_stablemax_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? "
+      "weight, int reduction, int ignore_index, float label_smoothing, ScalarType compute_dtype, ScalarType "
+      "loss_dtype, bool[] needs_grad) -> (Tensor loss, Tensor total_weight, Tensor grad_input, Tensor grad_weight, "
+      "Tensor grad_bias)");
+  library.def(
+      "linear_stablemax_cross_entropy_backward(Tensor grad_rows, Tensor input, Tensor linear_weight, Tensor target, "
+      "Tensor? linear_bias, Tensor? weight, int ignore_index, float label_smoothing, ScalarType compute_dtype, bool[] "
+      "needs_grad) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+
   // Upstream gradients of gradients formed in the forward pass: csrc/scale_rows, pyreg/ops/scale_rows.py
   library.def("scale_rows_(Tensor(a!) rows, Tensor factor) -> ()");
 

@@ -1,5 +1,6 @@
 """Operators as functions, named as in :mod:`torch.nn.functional`."""
 
+from pyreg.ops.linear_stablemax import linear_stablemax_cross_entropy
 from pyreg.ops.stablemax import (
     log_stablemax,
     stablemax,
@@ -8,6 +9,7 @@ from pyreg.ops.stablemax import (
 )
 
 __all__ = [
+    "linear_stablemax_cross_entropy",
     "log_stablemax",
     "stablemax",
     "stablemax_cross_entropy",

@@ -24,10 +24,11 @@ INF = math.inf
 GOLDEN = Path(__file__).parent / "golden"
 
 # Class counts around every boundary a kernel has: lanes of a SIMD vector (4 to 16), four vectors, a warp, a chunk of
-# 4096 summed elements, primes; rows that are interleaved in memory (inner > 1), in and beyond a tile of 16.
+# 4096 summed elements, primes; rows that are interleaved in memory (inner > 1), in and beyond a tile of 16, a SIMD
+# vector, and a block of four.
 SHAPES = [
     (3, 1), (4, 2), (7, 11), (1, 16), (5, 17), (2, 31), (3, 32), (9, 63), (2, 65), (33, 113), (3, 257), (2, 1031),
-    (2, 4099), (5, 3, 2), (2, 19, 5, 7), (1, 40, 17), (3, 130, 2),
+    (2, 4099), (5, 3, 2), (2, 19, 5, 7), (1, 40, 17), (3, 130, 2), (2, 70, 8), (1, 131, 16), (1, 67, 64), (9, 3, 131),
 ]  # fmt: skip
 ids = lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else None  # noqa: E731
 
@@ -324,6 +325,40 @@ def test_nan_and_infinity_spread_to_their_row_alone(device: torch.device, classe
 
 
 # ---- shapes, strides and torch's own rules ----
+
+
+@pytest.mark.usefixtures("passes")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_side_by_side_equal_rows_apart(device: torch.device, dtype: torch.dtype, smoothing: float) -> None:
+    """Every edge in one call, in neighbouring lanes: none disturbs the others."""
+    rows = logits_like((21, 75), dtype, device)
+    labels = labels_like((21, 75), device, ignored=-100)
+    rows[1, labels[1]] = 1e12  # a dominant target
+    rows[2] = torch.finfo(dtype).max / 4  # a sum beyond the largest number
+    rows[4] = -1e30
+    rows[5, 10:] = -INF
+    labels[5] = 3
+    rows[7, 5] = math.nan
+    rows[8, 5] = INF
+    rows[9] = math.nan  # in an ignored row
+    rows[18] = INF
+    assert (labels[[9, 18]] == -100).all()
+
+    def apart(x: Tensor) -> Tensor:
+        return stablemax_cross_entropy(x, labels, reduction="none", label_smoothing=smoothing)
+
+    def side_by_side(x: Tensor) -> Tensor:
+        flat = x.t().unsqueeze(0).contiguous()
+        loss = stablemax_cross_entropy(flat, labels.unsqueeze(0), reduction="none", label_smoothing=smoothing)
+        return loss.squeeze(0)
+
+    # Both sum 75 terms in float64 or in partial sums of float32: a few roundings apart. Under label smoothing the loss
+    # is a difference of logarithms of up to 100 times its size, the gradient one of terms up to 0.1 / 75.
+    roundings, spread = (64, 16 * smoothing / 75) if smoothing > 0 else (16, 0)
+    rtol, atol = roundings * ROUNDOFF[dtype], spread * ROUNDOFF[dtype]
+    for ours, expected in zip(value_and_gradients(side_by_side, rows), value_and_gradients(apart, rows), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

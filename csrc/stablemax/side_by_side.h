@@ -1,5 +1,5 @@
-// Passes over rows that lie side by side, a SIMD lane a row: class j of row k is x[j * stride + k]. No row waits for the
-// lanes of its neighbours, and every cache line is read where it lies.
+// Passes over rows that lie side by side, a SIMD lane a row: class j of row k is x[j * stride + k]. No row waits for
+// the lanes of its neighbours, and every cache line is read where it lies.
 //
 // A block of rows is as wide as 4 vectors: a read of 64 floats is 4 neighbouring cache lines.
 #pragma once

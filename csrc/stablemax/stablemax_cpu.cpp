@@ -249,9 +249,8 @@ void label_block_forward(const RowBlock<Storage>& rows, const BlockLabels<A>& la
   sum_rest_block(rows, labels, rest, rescaled);
   if (options.spread > 0) {
     dispatch_vectors(rows.vectors(), [&](auto vectors) {
-      sum_block<decltype(vectors)::value>(rows, log_stable, [&](int64_t j, int, Vector<A> x) {
-        return options.weight_of(j) * log_stable_value(x);
-      });
+      sum_block<decltype(vectors)::value>(
+          rows, log_stable, [&](int64_t j, int, Vector<A> x) { return options.weight_of(j) * log_stable_value(x); });
     });
   }
   for (int k = 0; k < rows.count; ++k) {

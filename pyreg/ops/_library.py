@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,44 @@ def vmap(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
+def vmap_one_by_one(name: str) -> None:
+    """The batching rule of an operator that gains nothing from a batch: one call a sample, results stacked."""
+    operation = operator(name)
+
+    @vmap(name)
+    def _(info: Any, in_dims: Any, *args: Any) -> Any:
+        def sample(i: int) -> Any:
+            pairs = zip(args, in_dims, strict=True)
+            return operation(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in pairs))
+
+        samples = [sample(i) for i in range(info.batch_size)]
+        return tuple(torch.stack(results) for results in zip(*samples, strict=True)), (0,) * len(samples[0])
+
+
+_implementations = torch.library.Library("pyreg", "IMPL")  # type: ignore[no-untyped-call]
+
+
+def implement(name: str, function: Callable[..., Any]) -> None:
+    """Makes a Python function, which calls kernels and torch's own operators, the operator on CPU and CUDA.
+
+    Autocast is off inside: it has been decided before the operator is called.
+    """
+
+    def without_autocast(first: Tensor, *args: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args)
+
+    if _extension.CPU.error is None:
+        for key in ("CPU", "CUDA"):
+            _implementations.impl(name, without_autocast, key)  # type: ignore[no-untyped-call]
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether vmap maps over the tensor, as ``is_grads_batched`` does by its older implementation."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def differentiable(
     name: str,
     *,
@@ -58,6 +97,8 @@ def differentiable(
     backward: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Gives ``pyreg::<name>`` its gradient and returns the function that public operators call.
+
+    In plain eager calls, where the context is nobody's but the rule's own, ``ctx.is_eager`` is set.
 
     The rule is registered with the operator itself, for tracing (``torch.compile``, ``torch.export``). Eager calls and
     ``torch.func`` take the same rule through a plain ``torch.autograd.Function``: the registered one spends tens of
@@ -74,6 +115,7 @@ def differentiable(
 
     def eager_forward(ctx: Any, *args: Any) -> Any:
         output = below_autograd(*args)
+        ctx.is_eager = True
         setup_context(ctx, args, output)
         return output
 
@@ -97,6 +139,17 @@ def differentiable(
         return transformed(*args) if transforms_active() else eager(*args)
 
     return call
+
+
+_LARGE_BYTES = 4 << 20
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Uninitialised, on like's device; large CPU tensors on huge pages, whose first touch costs a third."""
+    tensor = like.new_empty(shape, dtype=dtype)
+    if type(tensor) is Tensor and tensor.is_cpu and tensor.nbytes >= _LARGE_BYTES:  # not while tracing
+        importlib.import_module(_extension.CPU.name).advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -158,7 +158,8 @@ def _rows(operator: str, input: Tensor, dim: int, dtype: torch.dtype | None) -> 
     _library.check_float(operator, "input", input)
     rank = max(input.dim(), 1)
     if not -rank <= dim < rank:
-        raise IndexError(f"{operator}: expected dim in [{-rank}, {rank - 1}] for input {_library.shape_text(input)}, got {dim}")
+        shape = _library.shape_text(input)
+        raise IndexError(f"{operator}: expected dim in [{-rank}, {rank - 1}] for input {shape}, got {dim}")
     if dtype is None:
         dtype = _autocast_dtype(input) if input.is_cuda else input.dtype
     elif dtype != input.dtype and not (input.dtype.itemsize == 2 and dtype == torch.float32):
@@ -234,8 +235,9 @@ def _check_target(operator: str, input: Tensor, target: Tensor, ignore_index: in
     if target.shape == input.shape:
         if not target.is_floating_point():
             raise TypeError(
-                f"{operator}: target {_library.shape_text(target)} equals input's shape and so holds probabilities: expected a "
-                f"floating dtype, got {target.dtype}; class indices have shape {list(_without_classes(input))}"
+                f"{operator}: target {_library.shape_text(target)} equals input's shape and so holds probabilities: "
+                f"expected a floating dtype, got {target.dtype}; class indices have shape "
+                f"{list(_without_classes(input))}"
             )
         if ignore_index >= 0:
             raise ValueError(
@@ -420,12 +422,6 @@ def _may_form_gradient_in_forward(rows: Tensor) -> bool:
     )
 
 
-def _is_batched(grad_loss: Tensor) -> bool:
-    """Whether vmap maps over upstream gradients, as ``is_grads_batched`` does by its older implementation."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss)
-
-
 class _OnePassCrossEntropy(torch.autograd.Function):
     """The gradient for an upstream gradient of 1 is formed in the forward pass; the first backward pass takes it.
 
@@ -444,7 +440,7 @@ class _OnePassCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradient is None or torch.is_grad_enabled() or _is_batched(grad_loss):
+        if ctx.gradient is None or torch.is_grad_enabled() or _library.is_batched(grad_loss):
             return _backward_cross_entropy(ctx, grad_loss, None)
         gradient, ctx.gradient = ctx.gradient, None
         ctx.saved_tensors  # noqa: B018 - raises if the logits were changed in place meanwhile
@@ -467,7 +463,7 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradient is None or torch.is_grad_enabled() or _is_batched(grad_loss):
+        if ctx.gradient is None or torch.is_grad_enabled() or _library.is_batched(grad_loss):
             raise RuntimeError(
                 "stablemax_cross_entropy_: its gradient can be asked for once and to first order, for it lies in the "
                 "logits' memory; use stablemax_cross_entropy"

@@ -21,7 +21,9 @@ FLAGS = (
 
 
 def load_operators() -> list[str]:
-    """Builds and loads them; returns their names."""
+    """Builds and loads them; returns the names of those that have a kernel in C++."""
     sources = [CSRC / "schemas.cpp", *sorted(CSRC.glob("*/*_op.cpp")), *sorted(CSRC.glob("*/*_cuda.cu"))]
     torch.ops.load_library(str(build_library("pyreg_cuda_on_cpu", sources, FLAGS)))
-    return re.findall(r'"(\w+)\(', (CSRC / "schemas.cpp").read_text())
+    names = re.findall(r'"(\w+)\(', (CSRC / "schemas.cpp").read_text())
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return [name for name in names if has_kernel(f"pyreg_cuda_on_cpu::{name}", "CPU")]
