@@ -20,7 +20,7 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Target:
-    """Exactly one of `faster`, `within` and `launches` is given; see `targets.toml`."""
+    """Exactly one of `faster`, `within`, `launches` and `megabytes` is given; see `targets.toml`."""
 
     operator: str
     workload: str
@@ -30,25 +30,29 @@ class Target:
     faster: float | None = None
     within: float | None = None
     launches: int | None = None
+    megabytes: float | None = None
 
     def __post_init__(self) -> None:
-        limits = [limit for limit in (self.faster, self.within, self.launches) if limit is not None]
-        if len(limits) != 1 or (self.against is None) != (self.launches is not None):
+        alone = [limit for limit in (self.launches, self.megabytes) if limit is not None]
+        compared = [limit for limit in (self.faster, self.within) if limit is not None]
+        if len(alone) + len(compared) != 1 or (self.against is None) != bool(alone):
             raise ValueError(
                 f"targets.toml: {self.operator} {self.workload} needs `against` with either `faster` or `within`,"
-                " or `launches` alone"
+                " or `launches` alone, or `megabytes` alone"
             )
 
     def __str__(self) -> str:
         if self.launches is not None:
             return f"at most {self.launches} launches"
+        if self.megabytes is not None:
+            return f"at most {self.megabytes:g} MB"
         return f"{self.faster:g} x faster" if self.faster is not None else f"within {self.within:g} x"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`value` is the speed-up, the ratio to the contender or the number of launches, as the target counts; `noise` is
-    the larger spread of the two times compared."""
+    """`value` is the speed-up, the ratio to the contender, the launches or the peak memory in MB, as the target counts;
+    `noise` is the larger spread of the two times compared."""
 
     target: Target
     status: str
@@ -83,6 +87,11 @@ def _judge_one(target: Target, ours: Measurement | None, other: Measurement | No
         if ours.launches is None:
             return Verdict(target, NOT_MEASURED, reason="launches were not counted")
         return Verdict(target, MET if ours.launches <= target.launches else MISSED, ours.launches)
+    if target.megabytes is not None:
+        if ours.peak_bytes is None:
+            return Verdict(target, NOT_MEASURED, reason="memory was not measured")
+        peak = ours.peak_bytes / 1e6
+        return Verdict(target, MET if peak <= target.megabytes else MISSED, peak)
     if other is None:
         return Verdict(target, NOT_MEASURED, reason=f"{target.against} was not run")
     if other.error is not None:

@@ -180,7 +180,7 @@ class TestFloor:
 
 
 class TestTargets:
-    ours = measurement("ours", [1.0], launches=5)
+    ours = measurement("ours", [1.0], launches=5, peak_bytes=3_000_000)
     other = measurement("other", [3.0])
 
     @pytest.mark.parametrize(
@@ -192,6 +192,8 @@ class TestTargets:
             ({"against": "other", "within": 0.33}, targets.MISSED, 1 / 3),
             ({"launches": 5}, targets.MET, 5),
             ({"launches": 4}, targets.MISSED, 5),
+            ({"megabytes": 3.0}, targets.MET, 3.0),
+            ({"megabytes": 2.9}, targets.MISSED, 3.0),
             ({"against": "absent", "faster": 1.0}, targets.NOT_MEASURED, None),
         ],
     )
@@ -290,7 +292,9 @@ class TestPlot:
 class TestCommand:
     def test_unknown_operator_names_the_known_ones(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert command.main(["--device", "cpu", "sinkhole"]) == 2
-        assert "no operator named sinkhole on cpu; there are: orthograd" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "no operator named sinkhole on cpu; there are: " in error
+        assert "orthograd, stablemax_cross_entropy" in error
 
     @pytest.mark.parametrize(("strict", "status"), [([], 0), (["--strict"], 1)])
     def test_a_missed_target_fails_only_a_strict_run(

@@ -211,8 +211,11 @@ class _Sums:
         """Takes the gradient ``[C, n]`` of the logits of some rows ``x [n, H]``; ``upstream [n]`` weights the rows."""
         keep = rows.start > 0
         if self.needs_input:
-            product = gradient.t() @ linear_weight
-            self.input[rows] = product if upstream is None else product * upstream.unsqueeze(1)
+            if upstream is None and gradient.dtype == self.input.dtype:
+                torch.mm(gradient.t(), linear_weight, out=self.input[rows])
+            else:
+                product = gradient.t() @ linear_weight
+                self.input[rows] = product if upstream is None else product * upstream.unsqueeze(1)
         if self.needs_weight:
             weighted = x if upstream is None else (x * upstream.unsqueeze(1)).to(x.dtype)
             _add_product(self.weight, gradient, weighted, keep)
