@@ -38,6 +38,12 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _no_small_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' logits are small, and would take the composition."""
+    monkeypatch.setattr(implementation, "_SMALL_LOGITS_BYTES", 0)
+
+
 @pytest.fixture
 def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 32 rows however few the rows are."""
@@ -244,6 +250,25 @@ def test_masked_classes(device: torch.device) -> None:
     for gradient, wanted in zip(gradients[1:], expected_gradients[1:], strict=True):
         torch.testing.assert_close(gradient[:6], wanted)
         assert (gradient[6:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_small_logits_take_the_composition(
+    device: torch.device, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dict(options)
+    tensors, target = operands((24, 4, 5), dtype, device, options.pop("bias", True))
+    options = of_dtype(options, 5, dtype, device)
+    expected = value_and_gradients(fused, tensors, target=target, **options)
+    monkeypatch.setattr(implementation, "_SMALL_LOGITS_BYTES", 1 << 20)
+    monkeypatch.delattr(implementation, "_differentiable")
+    actual = value_and_gradients(fused, tensors, target=target, **options)
+    # 16-bit logits and their gradients are rounded on the way there.
+    torch.testing.assert_close(actual, expected, rtol=32 * ROUNDOFF[dtype], atol=8 * ROUNDOFF[dtype])
+    if options.get("reduction") == "none":
+        deep = fused(tensors[0].view(2, 3, 4, 4), *tensors[1:], target=target.view(2, 3, 4), **options)
+        assert torch.equal(deep, actual[0].view(2, 3, 4))
 
 
 def test_shapes_of_input(device: torch.device) -> None:
@@ -582,8 +607,13 @@ def test_bad_input(case: str) -> None:
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("label", [7, -1, 2**40])
-def test_out_of_range_label_is_an_index_error(device: torch.device, label: int) -> None:
+def test_out_of_range_label_is_an_index_error(
+    device: torch.device, label: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = Y.clone()
     target[3] = label
-    with pytest.raises(IndexError, match=rf"target has class {label}, which is out of bounds for input with 7 classes"):
-        fused(X, W, target=target)
+    message = rf"target has class {label}, which is out of bounds for input with 7 classes"
+    for small in (0, 1 << 20):
+        monkeypatch.setattr(implementation, "_SMALL_LOGITS_BYTES", small)
+        with pytest.raises(IndexError, match=message):
+            fused(X, W, target=target)

@@ -83,11 +83,11 @@ def linear_stablemax_cross_entropy(
     compute = _compute_dtype(input)
     if weight is not None:
         weight = _classes.check_weight(_NAME, weight, linear_weight.shape[0], input)
-    if not labels:
+    if not labels or _has_small_logits(input, linear_weight):
         logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
         if input.dim() > 2:
-            logits, target = logits.flatten(0, -2), target.flatten(0, -2)
-        loss = stablemax_cross_entropy(logits, target, weight, -100, reduction, smoothing)
+            logits, target = logits.flatten(0, -2), target.flatten(0, -2 if not labels else -1)
+        loss = stablemax_cross_entropy(logits, target, weight, ignore_index, reduction, smoothing)
         return loss.reshape(input.shape[:-1]) if code == 0 else loss
     rows, row_target = input.reshape(target.numel(), input.shape[-1]), target.reshape(-1).long()
     if not _library.has_kernel(input):
@@ -105,6 +105,18 @@ def linear_stablemax_cross_entropy(
         *(compute, loss_dtype, needs_grad),
     )[0]
     return loss.reshape(target.shape) if code == 0 else loss  # type: ignore[no-any-return]
+
+
+# Logits that stay in cache cost nothing to hold, and one loss less of Python's time than chunks of rows: at
+# 64 x 128 -> 113 on 2 cores 100 us where a chunk takes 260.
+_SMALL_LOGITS_BYTES = 1 << 20
+
+
+def _has_small_logits(input: Tensor, linear_weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    logits = input.numel() // max(input.shape[-1], 1) * linear_weight.shape[0]
+    return 0 < 4 * logits <= _SMALL_LOGITS_BYTES and _library.has_kernel(input)
 
 
 # ---- argument checks ----
