@@ -6,10 +6,13 @@ from pyreg.ops.stablemax import (
     stablemax_cross_entropy,
     stablemax_cross_entropy_,
 )
+from pyreg.ops.weight_compander import weight_compander, weight_compander_inverse
 
 __all__ = [
     "log_stablemax",
     "stablemax",
     "stablemax_cross_entropy",
     "stablemax_cross_entropy_",
+    "weight_compander",
+    "weight_compander_inverse",
 ]
