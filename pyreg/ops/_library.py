@@ -51,6 +51,24 @@ def vmap(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
+def count_versions(name: str, argument: int) -> None:
+    """Tells autograd that ``pyreg::<name>`` changes the list of tensors that is its argument of this number: a graph
+    that has saved one of them (create_graph) then refuses to run."""
+    if _extension.CPU.error is not None:
+        return
+    changing = operator(name)
+
+    def kernel(keyset: torch.DispatchKeySet, *args: Any) -> None:
+        torch.autograd.graph.increment_version(args[argument])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            changing.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)  # type: ignore[attr-defined]
+
+    _rules.impl(name, kernel, "ADInplaceOrView", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+_rules = torch.library.Library("pyreg", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
 def differentiable(
     name: str,
     *,
@@ -112,6 +130,13 @@ def has_kernel(tensor: Tensor) -> bool:
     if tensor.is_cuda and _extension.CUDA.error is not None:
         _extension.CUDA.raise_error()
     return tensor.is_cpu or tensor.is_cuda or tensor.is_meta
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether vmap maps over the tensor, as ``is_grads_batched`` does over upstream gradients by its older
+    implementation."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def checks_values() -> bool:

@@ -456,12 +456,6 @@ def _may_form_gradient_in_forward(rows: Tensor) -> bool:
     )
 
 
-def _is_batched(grad_loss: Tensor) -> bool:
-    """Whether vmap maps over upstream gradients, as ``is_grads_batched`` does by its older implementation."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss)
-
-
 class _OnePassCrossEntropy(torch.autograd.Function):
     """The gradient for an upstream gradient of 1 is formed in the forward pass; the first backward pass takes it.
 
@@ -480,7 +474,7 @@ class _OnePassCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradient is None or torch.is_grad_enabled() or _is_batched(grad_loss):
+        if ctx.gradient is None or torch.is_grad_enabled() or _library.is_batched(grad_loss):
             return _backward_cross_entropy(ctx, grad_loss, None)
         gradient, ctx.gradient = ctx.gradient, None
         ctx.saved_tensors  # noqa: B018 - raises if the logits were changed in place meanwhile
@@ -503,7 +497,7 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradient is None or torch.is_grad_enabled() or _is_batched(grad_loss):
+        if ctx.gradient is None or torch.is_grad_enabled() or _library.is_batched(grad_loss):
             raise RuntimeError(
                 "stablemax_cross_entropy_: its gradient can be asked for once and to first order, for it lies in the "
                 "logits' memory; use stablemax_cross_entropy"

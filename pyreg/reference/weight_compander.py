@@ -21,31 +21,31 @@ from torch import Tensor
 
 Constant = Tensor | float  # a or b
 
-_FUNCTION: dict[str, Callable[[Tensor], Tensor]] = {"arctan": torch.atan, "arsinh": torch.asinh, "erf": torch.erf}
-_DERIVATIVE: dict[str, Callable[[Tensor], Tensor]] = {
+FUNCTION: dict[str, Callable[[Tensor], Tensor]] = {"arctan": torch.atan, "arsinh": torch.asinh, "erf": torch.erf}
+DERIVATIVE: dict[str, Callable[[Tensor], Tensor]] = {
     "arctan": lambda u: 1 / (1 + u * u),
-    "arsinh": lambda u: 1 / torch.hypot(torch.ones_like(u), u),
+    "arsinh": lambda u: 1 / torch.sqrt(1 + u * u),
     "erf": lambda u: 2 / math.sqrt(math.pi) * torch.exp(-u * u),
 }
-_INVERSE: dict[str, Callable[[Tensor], Tensor]] = {"arctan": torch.tan, "arsinh": torch.sinh, "erf": torch.erfinv}
+INVERSE: dict[str, Callable[[Tensor], Tensor]] = {"arctan": torch.tan, "arsinh": torch.sinh, "erf": torch.erfinv}
 
 
 def weight_compander(v: Tensor, a: Constant, b: Constant, kind: str = "arctan") -> Tensor:
     """`a f(v / b)`."""
-    x, a, b = _computed(v, a, b)
-    return (a * _FUNCTION[kind](x / b)).to(v.dtype)
+    x, a, b = computed(v, a, b)
+    return (a * FUNCTION[kind](x / b)).to(v.dtype)
 
 
 def slope(v: Tensor, a: Constant, b: Constant, kind: str = "arctan") -> Tensor:
     """`Psi'(v) = (a / b) f'(v / b)`, in the dtype that is computed in."""
-    x, a, b = _computed(v, a, b)
-    return a / b * _DERIVATIVE[kind](x / b)
+    x, a, b = computed(v, a, b)
+    return a / b * DERIVATIVE[kind](x / b)
 
 
 def inverse(w: Tensor, a: Constant, b: Constant, kind: str = "arctan") -> Tensor:
     """`v = b f^-1(w / a)`, computed in fp64; NaN or wrong where w is out of range."""
-    x, a, b = _computed(w, a, b, torch.float64)
-    return (b * _INVERSE[kind](x / a)).to(w.dtype)
+    x, a, b = computed(w, a, b, torch.float64)
+    return (b * INVERSE[kind](x / a)).to(w.dtype)
 
 
 @torch.no_grad()
@@ -56,27 +56,30 @@ def to_weight_gradient_(
 
         grad <- grad / p + 2 decay w   or   (grad + 2 decay v) / p,   p = Psi'(v)
 
-    Where p is 0 the quotient counts as 0; where it overflows, the largest finite number of grad's dtype takes its place.
+    Where p is 0 the quotient counts as 0. The largest finite numbers of grad's dtype bound the result; a gradient that
+    is not finite itself stays as it is.
     """
     p = slope(v, a, b, kind)
-    finite = grad.isfinite()
-    x = grad.to(p.dtype)
-    quotient = (x + 2 * decay * v.to(p.dtype) if decay_on == "v" and decay != 0 else x) / p
-    result = torch.where(p == 0, 0, quotient)
-    if decay_on == "w" and decay != 0:
-        result = result + 2 * decay * _computed(v, a, b)[1] * _FUNCTION[kind](v.to(p.dtype) / _computed(v, a, b)[2])
+    x, a, b = computed(v, a, b)
+    numerator = grad.to(p.dtype)
+    if decay != 0 and decay_on == "v":
+        numerator = numerator + 2 * decay * x
+    result = torch.where(p == 0, 0, numerator / p)
+    if decay != 0 and decay_on == "w":
+        result = result + 2 * decay * a * FUNCTION[kind](x / b)
     largest = torch.finfo(grad.dtype).max
-    grad.copy_(torch.where(finite, result.clamp(-largest, largest), x))
+    grad.copy_(torch.where(grad.isfinite(), result.clamp(-largest, largest), grad))
 
 
 @torch.no_grad()
 def rescale_step_(v: Tensor, old_v: Tensor, a: Constant, b: Constant, kind: str) -> None:
     """`v <- old + (v - old) Psi'(old)`: a step that an optimizer took as if v were w becomes one of v."""
     p = slope(old_v, a, b, kind)
-    v.copy_(torch.addcmul(old_v.to(p.dtype), v.to(p.dtype) - old_v.to(p.dtype), p))
+    old = old_v.to(p.dtype)
+    v.copy_(old + (v.to(p.dtype) - old) * p)
 
 
-def _computed(v: Tensor, a: Constant, b: Constant, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def computed(v: Tensor, a: Constant, b: Constant, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """v, a and b in the dtype that is computed in; a and b shaped to broadcast against v."""
     dtype = torch.promote_types(v.dtype, dtype)
     return v.to(dtype), _constant(a, v, dtype), _constant(b, v, dtype)
@@ -84,5 +87,5 @@ def _computed(v: Tensor, a: Constant, b: Constant, dtype: torch.dtype = torch.fl
 
 def _constant(c: Constant, v: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(c, Tensor):
-        return torch.tensor(c, dtype=dtype, device=v.device)
-    return c.to(dtype).reshape(-1, *[1] * (v.dim() - 1)) if c.numel() != 1 else c.to(dtype).reshape(())
+        return torch.full((), c, dtype=dtype, device=v.device)
+    return c.to(dtype).reshape(() if c.numel() == 1 else (-1, *[1] * (v.dim() - 1)))
