@@ -913,14 +913,6 @@ def test_export(device: torch.device) -> None:
     assert model.head.parametrizations.weight[0].joint is None
 
 
-def test_jit_trace(device: torch.device) -> None:
-    model, data = make("resnet", device)
-    model.eval()
-    pyreg.compand(model, learnable=False, **reach(model))
-    traced = torch.jit.trace(model, (data,))
-    assert relative_error(traced(data), model(data)) <= 16 * ROUNDOFF[torch.float32]
-
-
 def test_distributed_data_parallel(device: torch.device, tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -1010,3 +1002,257 @@ def test_weights_assigned_and_initialised(device: torch.device) -> None:
     model.head.weight = target
     assert model.head.parametrizations.weight.original is v
     assert relative_error(model.head.weight, target) <= 2 * ROUNDOFF[torch.float32]
+
+
+# ---- bad input ----
+
+
+def broken_range() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    nn.init.constant_(model[1].weight, -1.5)
+    return model
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
+
+
+def companded() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    pyreg.compand(model[1])
+    return model
+
+
+def spectral() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)))
+
+
+def tied_to_spectral() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Bilinear(2, 2, 2))
+    model[1].register_parameter("weight", model[0].weight)
+    nn.utils.parametrizations.spectral_norm(model[1], "weight")
+    return model
+
+
+def weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.Sequential(nn.Linear(2, 2), nn.utils.weight_norm(nn.Linear(2, 2)))
+
+
+def complex_weights() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64))
+
+
+def two_devices() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+
+
+def embedding(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Linear(2, 2), nn.Embedding(3, 2, **options))
+
+
+BAD = {
+    "a zero": (broken_range, {"a": 0.0}, ValueError, r"compand: expected a to be finite and other than 0, got 0\.0"),
+    "b NaN": (broken_range, {"b": float("nan")}, ValueError, r"compand: expected b to be finite .* got nan"),
+    "b infinite": (broken_range, {"b": torch.tensor([float("inf")])}, ValueError, "expected b to be finite .* got inf"),
+    "a a string": (broken_range, {"a": "1"}, TypeError, "compand: expected a to be a number or a tensor, got str"),
+    "a an integer tensor": (
+        broken_range,
+        {"a": torch.tensor(1)},
+        TypeError,
+        r"expected a to be floating.*torch\.int64",
+    ),
+    "a of wrong shape": (
+        broken_range,
+        {"a": torch.ones(3), "per": "channel"},
+        ValueError,
+        r"expected a to be a number or a tensor of one element, got shape \[3\]; with per='channel' every",
+    ),
+    "b a matrix": (broken_range, {"b": torch.ones(2, 2)}, ValueError, r"expected b to hold one value.*shape \[2, 2\]"),
+    "out of range": (
+        broken_range,
+        {"a": 0.5},
+        ValueError,
+        r"compand: 1\.weight: .*\|w\| < \|a\| pi / 2 = 0\.785398.*\|w\| up to 1\.5; .*clamp=True",
+    ),
+    "out of range of erf": (broken_range, {"kind": "erf"}, ValueError, r"compand: 1\.weight: .*= 0\.5 .*up to 1\.5"),
+    "unknown kind": (broken_range, {"kind": "tanh"}, ValueError, "expected kind to be one of 'arctan', .*, got 'tanh'"),
+    "unknown per": (
+        broken_range,
+        {"per": "row"},
+        ValueError,
+        "expected per to be 'layer', 'channel' or 'model', got 'row'",
+    ),
+    "no weights": (
+        lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)),
+        {},
+        ValueError,
+        "a Sequential with none; embed",
+    ),
+    "nothing left": (
+        broken_range,
+        {"exclude": nn.Linear},
+        ValueError,
+        "got a Sequential with none that is not excluded",
+    ),
+    "twice": (companded, {}, ValueError, r"not companded, but 1\.weight is; call pyreg\.decompand\(model\) first, or"),
+    "parametrized": (spectral, {}, ValueError, r"1\.weight to have no parametrization, got _SpectralNorm; remove it"),
+    "tied to parametrized": (tied_to_spectral, {}, ValueError, r"parameter that it is tied to has one"),
+    "computed": (weight_norm, {}, ValueError, r"expected 1\.weight to be a parameter, got one that is computed"),
+    "lazy": (lazy, {}, ValueError, r"expected 1\.weight to be initialized, got a lazy parameter; call the model once"),
+    "complex": (complex_weights, {}, TypeError, r"1\.weight to be float64, float32, .* got torch\.complex64"),
+    "two devices": (two_devices, {"per": "model"}, ValueError, "one device for per='model', got cpu and meta; use"),
+    "sparse embedding": (embedding(sparse=True), {"embeddings": True}, ValueError, r"1\.weight .* got sparse=True"),
+    "renormed embedding": (
+        embedding(max_norm=1.0),
+        {"embeddings": True},
+        ValueError,
+        r"1\.weight .* got max_norm=1\.0",
+    ),
+    "a name that fits none": (
+        broken_range,
+        {"exclude": ["0", "haed"]},
+        ValueError,
+        "exclude to name .* got 'haed', which",
+    ),
+    "another's module": (broken_range, {"exclude": nn.Linear(2, 2)}, ValueError, "got a Linear, which fits none"),
+    "a number to exclude": (broken_range, {"exclude": 3}, TypeError, "expected exclude to hold names .* got 3"),
+}
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    """All that companding may change."""
+    tensors = [(name, id(t), t._version, None if nn.parameter.is_lazy(t) else t.data_ptr(), t.requires_grad)
+               for name, t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]  # fmt: skip
+    modules = [(name, id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks))
+               for name, module in model.named_modules()]  # fmt: skip
+    return [tensors, modules]
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_and_leaves_the_model_as_it_was(case: str) -> None:
+    make, options, error, message = BAD[case]
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        pyreg.compand(model, **options)
+    assert snapshot(model) == before
+
+
+def test_an_error_on_the_way_is_undone(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = make("language_model", device)
+    before, weights = model(data), {name: param.detach().clone() for name, param in model.named_parameters()}
+    classes = {name: type(module) for name, module in model.named_modules()}
+    register = parametrize.register_parametrization
+    calls = 0
+
+    def failing(*args: Any, **kwargs: Any) -> nn.Module:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise RuntimeError("out of memory")
+        return register(*args, **kwargs)
+
+    monkeypatch.setattr(parametrize, "register_parametrization", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pyreg.compand(model, **reach(model))
+    assert list(weights) == [name for name, _ in model.named_parameters()]
+    assert all(torch.equal(param, weights[name]) for name, param in model.named_parameters())
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert model.embedding.weight is model.head.weight
+    assert torch.equal(model(data), before)
+
+
+def test_what_cannot_be_decompanded(device: torch.device) -> None:
+    model = nn.Sequential(nn.Linear(3, 2)).to(device)
+    with pytest.raises(ValueError, match=r"decompand: expected a model with companded weights, got one without; call"):
+        pyreg.decompand(model)
+    with pytest.raises(TypeError, match=r"decompand: expected model to be a torch\.nn\.Module, got OrderedDict"):
+        pyreg.decompand(model.state_dict())
+    pyreg.compand(model)
+    nn.utils.parametrizations.spectral_norm(model[0])
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"0\.weight to have no parametrization on top .* got _SpectralNorm; remove it"
+    ):
+        pyreg.decompand(model)
+    assert snapshot(model) == before
+
+
+def test_compand_wants_a_module() -> None:
+    with pytest.raises(TypeError, match=r"compand: expected model to be a torch\.nn\.Module, got list"):
+        pyreg.compand([nn.Linear(2, 2)])
+
+
+def test_clamp(device: torch.device) -> None:
+    model = broken_range().to(device)
+    pyreg.compand(model, a=0.5, clamp=True)
+    assert torch.isfinite(model[1].parametrizations.weight.original).all()
+    torch.testing.assert_close(
+        model[1].weight, torch.full((2, 2), -0.5 * torch.pi / 2, device=device), rtol=1e-3, atol=0
+    )
+    model[0].weight = torch.full((2, 3), 9.0, device=device)
+    torch.testing.assert_close(
+        model[0].weight, torch.full((2, 3), 0.5 * torch.pi / 2, device=device), rtol=1e-3, atol=0
+    )
+
+
+def test_an_empty_layer_is_left_out(device: torch.device) -> None:
+    with pytest.warns(UserWarning, match="zero-element"):
+        model = nn.Sequential(nn.Linear(3, 0), nn.Linear(3, 2)).to(device)
+    assert names(model, per="channel") == {"1.weight"}
+
+
+# ---- the parametrization of one weight ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [[], [1], [4]])
+def test_weight_compander(device: torch.device, shape: list[int], kind: str) -> None:
+    layer = nn.Linear(3, 4).to(device, torch.float64)
+    w = layer.weight.detach().clone()
+    a, b = (torch.empty(shape, dtype=torch.float64, device=device).uniform_(0.9, 1.1) for _ in range(2))
+    parametrize.register_parametrization(layer, "weight", WeightCompander(a, -b, kind=kind))
+    compander, v = layer.parametrizations.weight[0], layer.parametrizations.weight.original
+    assert {name for name, _ in compander.named_parameters()} == {"a", "b"}
+    assert relative_error(layer.weight, w) <= 1e-14
+    layer.weight.square().sum().backward()
+    twins = [t.detach().clone().requires_grad_() for t in (v, compander.a, compander.b)]
+    psi(*twins, kind).square().sum().backward()
+    for ours, twin in zip((v, compander.a, compander.b), twins, strict=True):
+        assert relative_error(ours.grad, twin.grad) <= 1e-12
+    assert torch.equal(a, compander.a)
+    assert a is not compander.a
+
+
+def test_weight_compander_options(device: torch.device) -> None:
+    compander = WeightCompander(0.5, 2, learnable=False, kind="erf", clamp=True).to(device)
+    assert not list(compander.parameters())
+    assert compander.state_dict().keys() == {"a", "b"}
+    assert repr(compander) == "WeightCompander(kind='erf', learnable=False, clamp=True)"
+    v = compander.right_inverse(torch.tensor([0.25, 7.0], device=device))
+    torch.testing.assert_close(compander(v), torch.tensor([0.25, 0.5], device=device))
+    with pytest.raises(
+        ValueError, match=r"weight_compander_inverse: .*= 0\.5 .*up to 7; choose a larger a, or pass clamp"
+    ):
+        WeightCompander(0.5, 2, kind="erf").to(device).right_inverse(torch.tensor([0.25, 7.0], device=device))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"kind": "tanh"},
+            ValueError,
+            "WeightCompander: expected kind to be one of 'arctan', 'arsinh', 'erf', got 'tanh'",
+        ),
+        ({"a": 0}, ValueError, r"WeightCompander: expected a to be finite and other than 0, got 0\.0"),
+        ({"b": torch.tensor([1.0, float("nan")])}, ValueError, "WeightCompander: expected b to be finite .* got nan"),
+        ({"a": True}, TypeError, "WeightCompander: expected a to be a number or a tensor, got bool"),
+        ({"a": torch.ones(2, 1)}, ValueError, r"expected a to hold one value or \[C\].*shape \[2, 1\]"),
+        ({"a": torch.ones(0)}, ValueError, r"expected a to hold one value or \[C\].*shape \[0\]"),
+    ],
+)
+def test_weight_compander_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        WeightCompander(**options)
