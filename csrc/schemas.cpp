@@ -39,4 +39,18 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
 
   // OrthoGrad: csrc/orthograd, pyreg/ops/orthograd.py
   library.def("orthogonalize_gradients_(Tensor[] params, Tensor(a!)[] grads) -> ()");
+
+  // Weight compander: csrc/weight_compander, pyreg/ops/weight_compander.py. For vs[i], a is constants[a[i]] or,
+  // where a[i] is negative, numbers[-1 - a[i]]; b likewise.
+  library.def(
+      "weight_compander(Tensor[] vs, Tensor[] constants, float[] numbers, int[] a, int[] b, int kind) -> Tensor[]");
+  library.def(
+      "weight_compander_backward(Tensor[] grads, Tensor[] vs, Tensor[] constants, float[] numbers, int[] a, int[] b, "
+      "int kind, int[] needs_grad) -> Tensor[]");
+  library.def(
+      "to_weight_gradients_(Tensor(a!)[] grads, Tensor[] vs, Tensor[] constants, float[] numbers, int[] a, int[] b, "
+      "int kind, float decay_on_w, float decay_on_v) -> ()");
+  library.def(
+      "rescale_steps_(Tensor(a!)[] vs, Tensor[] old_vs, Tensor[] constants, float[] numbers, int[] a, int[] b, "
+      "int kind) -> ()");
 }

@@ -7,6 +7,7 @@ from pyreg.ops.stablemax import (
     stablemax_cross_entropy,
     stablemax_cross_entropy_,
 )
+from pyreg.ops.weight_compander import weight_compander, weight_compander_inverse
 
 __all__ = [
     "linear_stablemax_cross_entropy",
@@ -14,4 +15,6 @@ __all__ = [
     "stablemax",
     "stablemax_cross_entropy",
     "stablemax_cross_entropy_",
+    "weight_compander",
+    "weight_compander_inverse",
 ]

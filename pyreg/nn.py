@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pyreg import functional
+from pyreg.ops.weight_compander import KINDS
 
-__all__ = ["LinearStableMaxCrossEntropyLoss", "StableMaxCrossEntropyLoss"]
+__all__ = ["LinearStableMaxCrossEntropyLoss", "StableMaxCrossEntropyLoss", "WeightCompander"]
 
 
 class StableMaxCrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -86,3 +87,94 @@ class LinearStableMaxCrossEntropyLoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction}, ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"
+
+
+class WeightCompander(torch.nn.Module):
+    r"""A weight as a saturating function of what is trained, for :mod:`torch.nn.utils.parametrize`.
+
+    .. code-block:: text
+
+        w = Psi(v) = a f(v / b),    f: arctan, arsinh or erf
+
+    The parameter that the optimizer sees becomes ``v``; it is found from the weight that was there by the inverse of
+    ``Psi``, as is every weight that is assigned later. Formula, gradients and dtypes:
+    :func:`pyreg.functional.weight_compander`. For all weights of a model: :func:`pyreg.compand`.
+
+    Args:
+        a, b: numbers other than 0, or tensors that hold one value for the whole weight or ``[C]``, one for each slice
+            of its dimension 0. Numbers take torch's default dtype, tensors are copied as they are.
+        learnable: whether ``a`` and ``b`` are parameters, or buffers.
+        kind: ``"arctan"`` (``|w| < |a| pi / 2``), ``"arsinh"`` (any ``w``) or ``"erf"`` (``|w| < |a|``).
+        clamp: brings weights beyond that range to its border, where they would be an error.
+
+    Shape:
+        ``v`` and ``w``: any; float64, float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: an unknown ``kind``; ``a`` or ``b`` zero, infinite or NaN; a weight out of range.
+        TypeError: ``a`` or ``b`` neither a number nor a floating tensor.
+
+    Source: Cakaj, Mehnert, Yang, "Weight Compander: A Simple Weight Reparameterization for Regularization", arXiv
+    2306.16993.
+
+    Example:
+        >>> layer = torch.nn.Linear(8, 4)
+        >>> compander = pyreg.nn.WeightCompander(a=0.5, b=1.0)
+        >>> _ = torch.nn.utils.parametrize.register_parametrization(layer, "weight", compander)
+        >>> bool((layer.weight.abs() < 0.5 * torch.pi / 2).all())
+        True
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(
+        self,
+        a: Tensor | float = 0.5,
+        b: Tensor | float = 1.0,
+        learnable: bool = True,
+        kind: str = "arctan",
+        clamp: bool = False,
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"WeightCompander: expected kind to be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+        for name, value in (("a", a), ("b", b)):
+            constant = compander_constant("WeightCompander", name, value)
+            if learnable:
+                self.register_parameter(name, torch.nn.Parameter(constant))
+            else:
+                self.register_buffer(name, constant)
+        self.kind, self.clamp = kind, clamp
+
+    def forward(self, v: Tensor) -> Tensor:
+        return functional.weight_compander(v, self.a, self.b, self.kind)
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        """The ``v`` that gives the weight ``w``."""
+        return functional.weight_compander_inverse(w, self.a, self.b, self.kind, self.clamp)
+
+    def extra_repr(self) -> str:
+        learnable = isinstance(self.a, torch.nn.Parameter)
+        return f"kind={self.kind!r}, learnable={learnable}" + (", clamp=True" if self.clamp else "")
+
+
+def compander_constant(operator: str, name: str, value: Tensor | float, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of ``a`` or ``b`` as a tensor, its values checked; a number in the dtype, torch's default by default."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise TypeError(f"{operator}: expected {name} to be a number or a tensor, got {type(value).__name__}")
+    constant = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=dtype)
+    if not constant.is_floating_point():
+        raise TypeError(f"{operator}: expected {name} to be floating, got {constant.dtype}; convert it with .float()")
+    if constant.dim() > 1 or constant.numel() == 0:
+        raise ValueError(
+            f"{operator}: expected {name} to hold one value or [C], one for each slice of the weight's dimension 0, "
+            f"got shape {list(constant.shape)}"
+        )
+    if not constant.is_meta and not bool((constant.isfinite() & (constant != 0)).all()):
+        wrong = constant[~constant.isfinite() | (constant == 0)][0].item() if constant.dim() else constant.item()
+        raise ValueError(
+            f"{operator}: expected {name} to be finite and other than 0, got {wrong}; w = a f(v / b) would not depend "
+            "on v, or be NaN"
+        )
+    return constant

@@ -122,6 +122,20 @@ PYREG_HOST_DEVICE FloatVector load(const Half* p) {
   return widen(bits, Half{});
 }
 
+// Bytes from a read to the one that is asked for beside it. The hardware's own prefetch ends with a page and leaves too
+// few reads in flight. StableMax forward at 4096 x 32000 on 2 cores: float 27.8 ms without, 23.6 at 1024, 27.7 at 4096;
+// bfloat16 28.3 without, 17.0 at 1024, 15.0 at 4096.
+template <typename Storage>
+constexpr int64_t kPrefetchBytes = sizeof(Storage) == 2 ? 4096 : 1024;
+
+// Asks for the lines of a step of `count` elements ahead of x.
+template <int64_t kCount, typename Storage>
+PYREG_HOST_DEVICE void prefetch_ahead(const Storage* x) {
+  for (int64_t byte = 0; byte < kCount * static_cast<int64_t>(sizeof(Storage)); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x) + kPrefetchBytes<Storage> + byte);
+  }
+}
+
 // The first `count` lanes from memory, `fill` in the others; reads nothing beyond them.
 PYREG_HOST_DEVICE FloatVector load_partial(const float* p, int count, float fill) {
 #if defined(__AVX512F__)
@@ -250,5 +264,44 @@ PYREG_HOST_DEVICE auto sum_lanes(V v) {
   return partial[0];
 #endif
 }
+
+// ---- as many doubles as a FloatVector has floats ----
+
+typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2)));
+
+struct Doubles {
+  DoubleVector first, second;
+};
+
+PYREG_HOST_DEVICE Doubles operator+(const Doubles& a, const Doubles& b) {
+  return {a.first + b.first, a.second + b.second};
+}
+PYREG_HOST_DEVICE Doubles operator-(const Doubles& a, const Doubles& b) {
+  return {a.first - b.first, a.second - b.second};
+}
+PYREG_HOST_DEVICE Doubles operator*(const Doubles& a, const Doubles& b) {
+  return {a.first * b.first, a.second * b.second};
+}
+PYREG_HOST_DEVICE Doubles operator*(double a, const Doubles& b) { return {a * b.first, a * b.second}; }
+PYREG_HOST_DEVICE double sum_lanes(const Doubles& a) { return sum_lanes(a.first + a.second); }
+
+// One instruction where GCC makes four of __builtin_convertvector.
+PYREG_HOST_DEVICE DoubleVector to_doubles(HalfFloats v) {
+#if defined(__AVX512F__)
+  return bit_cast<DoubleVector>(_mm512_cvtps_pd(bit_cast<__m256>(v)));
+#elif defined(__AVX2__)
+  return bit_cast<DoubleVector>(_mm256_cvtps_pd(bit_cast<__m128>(v)));
+#else
+  return __builtin_convertvector(v, DoubleVector);
+#endif
+}
+
+PYREG_HOST_DEVICE Doubles to_doubles(FloatVector v) {
+  HalfFloats halves[2];
+  memcpy(halves, &v, sizeof(v));
+  return {to_doubles(halves[0]), to_doubles(halves[1])};
+}
+
+PYREG_HOST_DEVICE DoubleVector to_doubles(DoubleVector v) { return v; }
 
 }  // namespace pyreg::PYREG_ISA

@@ -1,4 +1,5 @@
-// Vector forms of core/math.h, which includes this file, and the natural logarithm as a polynomial.
+// Vector forms of core/math.h, which includes this file, as polynomials: the natural logarithm for float and double,
+// the functions further down for float. A double one of those is the scalar function, lane by lane.
 //
 // log(m 2^e) with m in [sqrt(1/2), sqrt(2)): f = m - 1, s = f / (2 + f), log(1 + f) = 2 atanh(s)
 //   = f - f^2/2 + s (f^2/2 + R),  R = 2 s^2 (1/3 + s^2/5 + s^4/7 + ...),  |s| < 0.1716.
@@ -10,9 +11,15 @@
 namespace pyreg::PYREG_ISA {
 
 using pyreg::absolute;
+using pyreg::arc_tangent;
+using pyreg::area_sine;
+using pyreg::error_function;
+using pyreg::exponential;
 using pyreg::log_one_plus;
 using pyreg::logarithm;
 using pyreg::reciprocal;
+using pyreg::square_root;
+using pyreg::with_sign_of;
 
 template <typename A>
 struct LogFormat;
@@ -58,6 +65,35 @@ PYREG_HOST_DEVICE FloatVector reciprocal(FloatVector x) {
 }
 PYREG_HOST_DEVICE DoubleVector reciprocal(DoubleVector x) { return 1.0 / x; }
 
+PYREG_HOST_DEVICE FloatVector with_sign_of(FloatVector magnitude, FloatVector sign) {
+  const Int32Vector kept = bit_cast<Int32Vector>(magnitude) & 0x7fffffff;
+  return bit_cast<FloatVector>(kept | (bit_cast<Int32Vector>(sign) & INT32_MIN));
+}
+PYREG_HOST_DEVICE DoubleVector with_sign_of(DoubleVector magnitude, DoubleVector sign) {
+  const Int64Vector kept = bit_cast<Int64Vector>(magnitude) & INT64_MAX;
+  return bit_cast<DoubleVector>(kept | (bit_cast<Int64Vector>(sign) & INT64_MIN));
+}
+
+template <typename V, typename Function>
+PYREG_HOST_DEVICE V lane_by_lane(V x, Function&& f) {
+  V result;
+  for (size_t lane = 0; lane < sizeof(V) / sizeof(x[0]); ++lane) result[lane] = f(x[lane]);
+  return result;
+}
+
+PYREG_HOST_DEVICE FloatVector square_root(FloatVector x) {
+#if defined(__AVX512F__)
+  return bit_cast<FloatVector>(_mm512_sqrt_ps(bit_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return bit_cast<FloatVector>(_mm256_sqrt_ps(bit_cast<__m256>(x)));
+#else
+  return lane_by_lane(x, [](float lane) { return square_root(lane); });
+#endif
+}
+PYREG_HOST_DEVICE DoubleVector square_root(DoubleVector x) {
+  return lane_by_lane(x, [](double lane) { return square_root(lane); });
+}
+
 // For normal positive x, +infinity and NaN.
 template <typename A>
 PYREG_HOST_DEVICE Vector<A> vector_logarithm(Vector<A> x) {
@@ -92,5 +128,83 @@ PYREG_HOST_DEVICE Vector<A> vector_log_one_plus(Vector<A> x) {
 
 PYREG_HOST_DEVICE FloatVector log_one_plus(FloatVector x) { return vector_log_one_plus<float>(x); }
 PYREG_HOST_DEVICE DoubleVector log_one_plus(DoubleVector x) { return vector_log_one_plus<double>(x); }
+
+// c[0] + c[1] x + c[2] x^2 + ...
+template <size_t N>
+PYREG_HOST_DEVICE FloatVector polynomial(FloatVector x, const float (&c)[N]) {
+  FloatVector sum = broadcast(c[N - 1]);
+  for (size_t i = N - 1; i-- > 0;) sum = sum * x + c[i];
+  return sum;
+}
+
+// The polynomials below are minimax fits of the relative error, found by reweighted least squares; each leaves less
+// than 0.06 of a float's rounding. tests/test_weight_compander.py holds the functions against float64 over all floats'
+// range.
+
+// exp(n ln 2 + r) = 2^n (1 + r + r^2 P(r)), |r| <= ln 2 / 2. The power is two factors: their product may be subnormal.
+PYREG_HOST_DEVICE FloatVector exponential(FloatVector x) {
+  constexpr float kP[] = {0.49999994f, 0.1666652f, 0.041668393f, 0.008368781f, 0.0013814467f};
+  constexpr float kLog2E = 1.44269504f, kRound = 12582912.0f;  // 1.5 2^23: the sum's last bits are the integer n
+  x = x > 89.0f ? broadcast(89.0f) : x;                        // infinity
+  x = x < -104.0f ? broadcast(-104.0f) : x;                    // 0
+  const FloatVector shifted = x * kLog2E + kRound;
+  const Int32Vector n = bit_cast<Int32Vector>(shifted) - bit_cast<Int32Vector>(broadcast(kRound));
+  const FloatVector rounded = shifted - kRound;
+  const FloatVector r = (x - rounded * LogFormat<float>::kLn2High) - rounded * LogFormat<float>::kLn2Low;
+  const FloatVector mantissa = 1.0f + (r + r * r * polynomial(r, kP));
+  const Int32Vector half = n >> 1;
+  const FloatVector first = bit_cast<FloatVector>((half + 127) << 23);
+  const FloatVector second = bit_cast<FloatVector>((n - half + 127) << 23);
+  return mantissa * first * second;
+}
+
+// arctan t = t + t^3 P(t^2) for t <= 1, arctan x = pi / 2 - arctan(1 / x) beyond.
+PYREG_HOST_DEVICE FloatVector arc_tangent(FloatVector x) {
+  constexpr float kP[] = {-0.333333f,   0.19998549f,   -0.14264242f, 0.10952186f,   -0.08403451f,
+                          0.057957605f, -0.031177856f, 0.010914611f, -0.0017936227f};
+  constexpr float kHalfPiHigh = 1.57079637f, kHalfPiLow = -4.37113883e-8f;
+  const FloatVector magnitude = absolute(x);
+  const auto is_large = magnitude > 1.0f;
+  const FloatVector t = is_large ? reciprocal(magnitude) : magnitude;
+  const FloatVector square = t * t;
+  const FloatVector angle = t + t * (square * polynomial(square, kP));
+  return with_sign_of(is_large ? kHalfPiHigh - (angle - kHalfPiLow) : angle, x);
+}
+
+// arsinh x = log(1 + x + x^2 / (1 + sqrt(1 + x^2))); from 2^30 on, where x^2 might overflow, log(1 + x) + log 2.
+PYREG_HOST_DEVICE FloatVector area_sine(FloatVector x) {
+  const FloatVector magnitude = absolute(x);
+  const auto is_large = magnitude > 0x1p30f;
+  const FloatVector square = magnitude * magnitude;
+  const FloatVector excess = magnitude + square / (1.0f + square_root(1.0f + square));
+  const FloatVector log = log_one_plus(is_large ? magnitude : excess);
+  return with_sign_of(is_large ? log + 0.693147181f : log, x);
+}
+
+// erf x = x + x P(x^2) for x < 27/32, 1 - exp(-x - x Q(x)) beyond; from 4 on that is 1.
+PYREG_HOST_DEVICE FloatVector error_function(FloatVector x) {
+  constexpr float kP[] = {0.12837917f,  -0.37612638f,    0.1128375f,   -0.02686268f,
+                          0.005209888f, -0.00082522427f, 8.876244e-05f};
+  constexpr float kQ[] = {0.12860544f,  0.63533086f,     0.10593243f, -0.02349358f,
+                          0.003512691f, -0.00029022733f, 7.91421e-06f};
+  const FloatVector magnitude = absolute(x);
+  const FloatVector small = magnitude + magnitude * polynomial(magnitude * magnitude, kP);
+  const FloatVector t = magnitude > 4.0f ? broadcast(4.0f) : magnitude;
+  const FloatVector large = 1.0f - exponential(-(t + t * polynomial(t, kQ)));
+  return with_sign_of(magnitude < 0.84375f ? small : large, x);
+}
+
+PYREG_HOST_DEVICE DoubleVector exponential(DoubleVector x) {
+  return lane_by_lane(x, [](double lane) { return exponential(lane); });
+}
+PYREG_HOST_DEVICE DoubleVector arc_tangent(DoubleVector x) {
+  return lane_by_lane(x, [](double lane) { return arc_tangent(lane); });
+}
+PYREG_HOST_DEVICE DoubleVector area_sine(DoubleVector x) {
+  return lane_by_lane(x, [](double lane) { return area_sine(lane); });
+}
+PYREG_HOST_DEVICE DoubleVector error_function(DoubleVector x) {
+  return lane_by_lane(x, [](double lane) { return error_function(lane); });
+}
 
 }  // namespace pyreg::PYREG_ISA

@@ -13,6 +13,7 @@
 #include <array>
 #include <initializer_list>
 #include <optional>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -68,7 +69,26 @@ inline ScalarType accumulate_type(Dtype dtype) {
   return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// Uninitialised and contiguous, on the device of `like`. Large CPU outputs get huge pages.
+// Uninitialised, on the device of `like`, its elements one after another in some order. Large CPU outputs get huge
+// pages.
+inline Tensor empty_strided(std::span<const int64_t> sizes, std::span<const int64_t> strides, ScalarType type,
+                            const Tensor& like) {
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
+                               like.get_device_index(), &handle));
+  Tensor result(handle);
+  if (like.is_cpu()) {
+    const size_t bytes = static_cast<size_t>(result.numel()) * result.element_size();
+    advise_huge_pages(result.mutable_data_ptr(), bytes);
+  }
+  return result;
+}
+
+// The same, contiguous.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
   std::array<int64_t, 8> strides{};
   int64_t step = 1;
@@ -76,16 +96,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const
     strides[axis] = step;
     step *= sizes.begin()[axis];
   }
-  int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
-                               like.get_device_index(), &handle));
-  Tensor result(handle);
-  if (like.is_cpu()) advise_huge_pages(result.mutable_data_ptr(), static_cast<size_t>(step) * result.element_size());
-  return result;
+  return empty_strided({sizes.begin(), sizes.size()}, {strides.data(), sizes.size()}, type, like);
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) {

@@ -16,41 +16,13 @@ namespace {
 // ---- kStep elements of any dtype as two vectors of doubles ----
 
 constexpr int kStep = kLanes<float>;
-typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t HalfUInts __attribute__((vector_size(kVectorBytes / 2)));
-
-struct Doubles {
-  DoubleVector first, second;
-};
-
-PYREG_HOST_DEVICE Doubles operator+(const Doubles& a, const Doubles& b) {
-  return {a.first + b.first, a.second + b.second};
-}
-PYREG_HOST_DEVICE Doubles operator-(const Doubles& a, const Doubles& b) {
-  return {a.first - b.first, a.second - b.second};
-}
-PYREG_HOST_DEVICE Doubles operator*(const Doubles& a, const Doubles& b) {
-  return {a.first * b.first, a.second * b.second};
-}
-PYREG_HOST_DEVICE Doubles operator*(double a, const Doubles& b) { return {a * b.first, a * b.second}; }
-PYREG_HOST_DEVICE double sum(const Doubles& a) { return sum_lanes(a.first + a.second); }
 
 template <typename V>
 PYREG_HOST_DEVICE V load_as(const void* p) {
   V v;
   memcpy(&v, p, sizeof(v));
   return v;
-}
-
-// One instruction where GCC makes four of __builtin_convertvector.
-PYREG_HOST_DEVICE DoubleVector to_doubles(HalfFloats v) {
-#if defined(__AVX512F__)
-  return bit_cast<DoubleVector>(_mm512_cvtps_pd(bit_cast<__m256>(v)));
-#elif defined(__AVX2__)
-  return bit_cast<DoubleVector>(_mm256_cvtps_pd(bit_cast<__m128>(v)));
-#else
-  return __builtin_convertvector(v, DoubleVector);
-#endif
 }
 
 PYREG_HOST_DEVICE HalfFloats to_floats(DoubleVector v) { return __builtin_convertvector(v, HalfFloats); }
@@ -90,10 +62,7 @@ PYREG_HOST_DEVICE Doubles load_doubles(const float16* p) {
   return {to_doubles(bit_cast<HalfFloats>(_mm256_cvtph_ps(load_as<__m128i>(p)))),
           to_doubles(bit_cast<HalfFloats>(_mm256_cvtph_ps(load_as<__m128i>(p + kStep / 2))))};
 #else
-  const FloatVector v = load(p);
-  HalfFloats halves[2];
-  memcpy(halves, &v, sizeof(v));
-  return {to_doubles(halves[0]), to_doubles(halves[1])};
+  return to_doubles(load(p));
 #endif
 }
 PYREG_HOST_DEVICE void store_doubles(float16* p, const Doubles& v) {
@@ -120,7 +89,7 @@ OrthogradSums sum_chunk(const Storage* w, const Storage* g, int64_t n) {
     wg = wg + x * y;
     gg = gg + y * y;
   }
-  OrthogradSums sums{sum(ww), sum(wg), sum(gg)};
+  OrthogradSums sums{sum_lanes(ww), sum_lanes(wg), sum_lanes(gg)};
   for (; i < n; ++i) {
     const double x = ::pyreg::widen(w[i]), y = ::pyreg::widen(g[i]);
     sums = sums + OrthogradSums{x * x, x * y, y * y};
@@ -136,7 +105,7 @@ double sum_residual(const Storage* w, const Storage* g, int64_t n, double projec
     const Doubles perpendicular = load_doubles(g + i) - projection * load_doubles(w + i);
     squares = squares + perpendicular * perpendicular;
   }
-  double total = sum(squares);
+  double total = sum_lanes(squares);
   for (; i < n; ++i) {
     const double perpendicular = ::pyreg::widen(g[i]) - projection * ::pyreg::widen(w[i]);
     total += perpendicular * perpendicular;

@@ -3,6 +3,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/layout.h"
 #include "core/tensor.h"
 #include "orthograd/orthograd.h"
 
@@ -12,35 +13,13 @@ namespace {
 
 constexpr const char* kName = "orthogonalize_gradients_";
 
-// Whether both tensors fill the same block of memory in the same order, whatever that order is: then their elements
-// pair up as they lie.
-bool lie_alike(const Tensor& a, const Tensor& b) {
-  if (a.is_contiguous() && b.is_contiguous()) return true;
-  std::vector<std::pair<int64_t, int64_t>> axes;  // stride, size
-  for (int64_t axis = 0; axis < a.dim(); ++axis) {
-    if (a.size(axis) == 1) continue;
-    if (a.stride(axis) != b.stride(axis)) return false;
-    axes.emplace_back(a.stride(axis), a.size(axis));
-  }
-  std::sort(axes.begin(), axes.end());
-  int64_t dense = 1;
-  for (const auto& [stride, size] : axes) {
-    if (stride != dense) return false;
-    dense *= size;
-  }
-  return true;
-}
-
 void check_pair(const Tensor& param, const Tensor& grad, size_t i) {
   PYREG_REQUIRE(std::ranges::equal(param.sizes(), grad.sizes()), kName, "expected grads[", i,
                 "] of the shape of params[", i, "]");
   PYREG_REQUIRE(param.scalar_type() == grad.scalar_type(), kName, "expected grads[", i, "] of dtype ",
                 torch::headeronly::toString(param.scalar_type()), " as params[", i, "], got ",
                 torch::headeronly::toString(grad.scalar_type()));
-  for (int64_t axis = 0; axis < grad.dim(); ++axis) {
-    PYREG_REQUIRE(grad.stride(axis) != 0 || grad.size(axis) <= 1, kName, "expected grads[", i,
-                  "] to have memory of its own for each element, got an expanded tensor; clone it first");
-  }
+  require_own_memory(grad, kName, "grads", i);
 }
 
 void check_device(const Tensor& tensor, const Tensor& first, const char* list, size_t i) {

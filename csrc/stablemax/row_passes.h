@@ -32,20 +32,6 @@ PYREG_HOST_DEVICE void store_lanes(Storage* out, int64_t j, int64_t n, const Vec
   }
 }
 
-// Bytes from a read to the one that is asked for beside it. The hardware's own prefetch ends with a page and leaves too
-// few reads in flight. Forward at 4096 x 32000 on 2 cores: float 27.8 ms without, 23.6 at 1024, 27.7 at 4096;
-// bfloat16 28.3 without, 17.0 at 1024, 15.0 at 4096.
-template <typename Storage>
-constexpr int64_t kPrefetchBytes = sizeof(Storage) == 2 ? 4096 : 1024;
-
-// Asks for the lines of a step of `count` elements ahead of x.
-template <int64_t kCount, typename Storage>
-PYREG_HOST_DEVICE void prefetch_ahead(const Storage* x) {
-  for (int64_t byte = 0; byte < kCount * static_cast<int64_t>(sizeof(Storage)); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(x) + kPrefetchBytes<Storage> + byte);
-  }
-}
-
 // Writes out_j = f(j, x_j) over a row.
 template <typename Storage, typename Out, typename Function, typename A = Accumulate<Storage>>
 PYREG_HOST_DEVICE void map_row(const Storage* x, int64_t n, Out* out, Function&& f) {

@@ -66,7 +66,7 @@ def vmap_one_by_one(name: str) -> None:
         return tuple(torch.stack(results) for results in zip(*samples, strict=True)), (0,) * len(samples[0])
 
 
-_implementations = torch.library.Library("pyreg", "IMPL")  # type: ignore[no-untyped-call]
+_rules = torch.library.Library("pyreg", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def implement(name: str, function: Callable[..., Any]) -> None:
@@ -81,13 +81,28 @@ def implement(name: str, function: Callable[..., Any]) -> None:
 
     if _extension.CPU.error is None:
         for key in ("CPU", "CUDA"):
-            _implementations.impl(name, without_autocast, key)  # type: ignore[no-untyped-call]
+            _rules.impl(name, without_autocast, key)  # type: ignore[no-untyped-call]
 
 
 def is_batched(tensor: Tensor) -> bool:
     """Whether vmap maps over the tensor, as ``is_grads_batched`` does by its older implementation."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def count_versions(name: str, argument: int) -> None:
+    """Tells autograd that ``pyreg::<name>`` changes the list of tensors that is its argument of this number: a graph
+    that has saved one of them (create_graph) then refuses to run."""
+    if _extension.CPU.error is not None:
+        return
+    changing = operator(name)
+
+    def kernel(keyset: torch.DispatchKeySet, *args: Any) -> None:
+        torch.autograd.graph.increment_version(args[argument])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            changing.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)  # type: ignore[attr-defined]
+
+    _rules.impl(name, kernel, "ADInplaceOrView", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def differentiable(
@@ -165,6 +180,13 @@ def has_kernel(tensor: Tensor) -> bool:
     if tensor.is_cuda and _extension.CUDA.error is not None:
         _extension.CUDA.raise_error()
     return tensor.is_cpu or tensor.is_cuda or tensor.is_meta
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether vmap maps over the tensor, as ``is_grads_batched`` does over upstream gradients by its older
+    implementation."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def checks_values() -> bool:

@@ -125,13 +125,4 @@ def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     raise NotImplementedError(f"{_NAME}: vmap is not supported: norms are over whole tensors; pass a list of tensors")
 
 
-def _count_versions(keyset: torch.DispatchKeySet, params: list[Tensor], grads: list[Tensor]) -> None:
-    """Tells autograd that the gradients change: a graph that has saved one (create_graph) then refuses to run."""
-    torch.autograd.graph.increment_version(grads)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        _operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, params, grads)  # type: ignore[attr-defined]
-
-
-if isinstance(_operator, torch._ops.OpOverload):  # else the extension is not there
-    _rules = torch.library.Library("pyreg", "IMPL")  # type: ignore[no-untyped-call]
-    _rules.impl(_NAME, _count_versions, "ADInplaceOrView", with_keyset=True)  # type: ignore[no-untyped-call]
+_library.count_versions(_NAME, 1)
