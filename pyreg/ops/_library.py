@@ -84,12 +84,6 @@ def implement(name: str, function: Callable[..., Any]) -> None:
             _rules.impl(name, without_autocast, key)  # type: ignore[no-untyped-call]
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Whether vmap maps over the tensor, as ``is_grads_batched`` does by its older implementation."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
-
-
 def count_versions(name: str, argument: int) -> None:
     """Tells autograd that ``pyreg::<name>`` changes the list of tensors that is its argument of this number: a graph
     that has saved one of them (create_graph) then refuses to run."""
