@@ -68,8 +68,9 @@ maybe_none := $(if $(ARGS),|| [ $$? -eq 5 ])
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
 
-test: .venv/pyreg ## every test: CPU kernels, then the CUDA kernels emulated under sanitizers
+test: .venv/pyreg ## every test: CPU kernels, then Triton kernels interpreted and CUDA kernels emulated under sanitizers
 	$(python) -m pytest tests $(ARGS) $(maybe_none)
+	$(python) -m pytest tests --backend=triton_on_cpu $(ARGS) $(maybe_none)
 	$(python) tests/cuda_on_cpu/run_sanitized.py tests --backend=cuda_on_cpu $(ARGS) $(maybe_none)
 
 demo: .venv/pyreg ## train the grokking task with the fused operators
