@@ -14,6 +14,7 @@ CXX := c++
 endif
 TORCH_VERSION := 2.13.0
 ARGS ?=
+EXAMPLE ?= grokking compander
 
 python := .venv/bin/python
 pip := $(python) -m pip --disable-pip-version-check
@@ -72,8 +73,8 @@ test: .venv/pyreg ## every test: CPU kernels, then the CUDA kernels emulated und
 	$(python) -m pytest tests $(ARGS) $(maybe_none)
 	$(python) tests/cuda_on_cpu/run_sanitized.py tests --backend=cuda_on_cpu $(ARGS) $(maybe_none)
 
-demo: .venv/pyreg ## train the grokking task with the fused operators
-	$(python) examples/grokking.py $(ARGS)
+demo: .venv/pyreg ## run the examples with the fused operators; EXAMPLE=grokking or compander for one
+	for example in $(EXAMPLE); do $(python) examples/$$example.py $(ARGS); done
 
 bench: .venv/pyreg ## time every operator beside its rivals and its floor; ARGS=--quick
 	$(python) -m bench $(ARGS)
