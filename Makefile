@@ -14,6 +14,7 @@ CXX := c++
 endif
 TORCH_VERSION := 2.13.0
 ARGS ?=
+EXAMPLE ?= grokking compander
 
 python := .venv/bin/python
 pip := $(python) -m pip --disable-pip-version-check
@@ -68,12 +69,13 @@ maybe_none := $(if $(ARGS),|| [ $$? -eq 5 ])
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
 
-test: .venv/pyreg ## every test: CPU kernels, then the CUDA kernels emulated under sanitizers
+test: .venv/pyreg ## every test: CPU kernels, then Triton kernels interpreted and CUDA kernels emulated under sanitizers
 	$(python) -m pytest tests $(ARGS) $(maybe_none)
+	$(python) -m pytest tests --backend=triton_on_cpu $(ARGS) $(maybe_none)
 	$(python) tests/cuda_on_cpu/run_sanitized.py tests --backend=cuda_on_cpu $(ARGS) $(maybe_none)
 
-demo: .venv/pyreg ## train the grokking task with the fused operators
-	$(python) examples/grokking.py $(ARGS)
+demo: .venv/pyreg ## run the examples with the fused operators; EXAMPLE=grokking or compander for one
+	for example in $(EXAMPLE); do $(python) examples/$$example.py $(ARGS); done
 
 bench: .venv/pyreg ## time every operator beside its rivals and its floor; ARGS=--quick
 	$(python) -m bench $(ARGS)

@@ -5,10 +5,14 @@
 - ``cpu`` (always run) and ``cuda`` (run where torch sees a GPU);
 - ``cuda_on_cpu``: the project's CUDA kernels, compiled for the emulation in ``tests/cuda_on_cpu``, take the place of
   the CPU kernels of the same operators, so that the same test bodies run them without a GPU.
+
+Triton kernels are tested on the ``triton_device``: a GPU where torch sees one, and with ``--backend=triton_on_cpu`` the
+CPU, where Triton's interpreter runs them.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -18,12 +22,14 @@ import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", default="auto", choices=("auto", "cpu", "cuda", "cuda_on_cpu"))
+    parser.addoption("--backend", default="auto", choices=("auto", "cpu", "cuda", "cuda_on_cpu", "triton_on_cpu"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "large: too big for emulated CUDA kernels; deselected with cuda_on_cpu")
+    config.addinivalue_line("markers", "large: too big for emulated and interpreted kernels, and deselected with them")
     config.addinivalue_line("markers", "cpu_only: about the CPU kernels alone")
+    if config.getoption("--backend") == "triton_on_cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 
 
 def _backends(config: pytest.Config) -> list[str]:
@@ -34,22 +40,26 @@ def _backends(config: pytest.Config) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "device" in metafunc.fixturenames:
-        only_cpu = metafunc.definition.get_closest_marker("cpu_only")
-        backends = ["cpu"] if only_cpu else _backends(metafunc.config)
-        metafunc.parametrize("device", backends, indirect=True, scope="session")
+    kinds = {"device": ("cpu", "cuda", "cuda_on_cpu"), "triton_device": ("cuda", "triton_on_cpu")}
+    only_cpu = metafunc.definition.get_closest_marker("cpu_only")
+    chosen = ["cpu"] if only_cpu else _backends(metafunc.config)
+    for fixture, kind in kinds.items():
+        backends = [name for name in chosen if name in kind]
+        if fixture in metafunc.fixturenames and backends:
+            metafunc.parametrize(fixture, backends, indirect=True, scope="session")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A chosen backend runs the tests that take a device, on that device; the emulated one not the large ones."""
+    """A chosen backend runs the tests that take a device, on that device; the emulated ones not the large ones."""
     backend = config.getoption("--backend")
-    if backend in ("auto", "cpu"):
-        return
 
     def runs(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        too_large = backend == "cuda_on_cpu" and item.get_closest_marker("large") is not None
-        return parameters.get("device") == backend and not too_large
+        too_large = backend.endswith("_on_cpu") and item.get_closest_marker("large") is not None
+        for fixture in ("device", "triton_device"):
+            if fixture in getattr(item, "fixturenames", ()):
+                return fixture in parameters and backend in ("auto", parameters[fixture]) and not too_large
+        return backend in ("auto", "cpu")
 
     config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
     items[:] = [item for item in items if runs(item)]
@@ -76,6 +86,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
         request.getfixturevalue("_emulated_kernels")
         return torch.device("cpu")
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def triton_device(request: pytest.FixtureRequest) -> torch.device:
+    """The device whose tensors Triton kernels take."""
+    pytest.importorskip("triton")
+    return torch.device("cpu" if request.param == "triton_on_cpu" else request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -505,5 +505,5 @@ def test_weight_decay_that_comes_later_is_refused(device: torch.device) -> None:
     optimizer = CompandedOptimizer(model.parameters(), model)
     optimizer.param_groups[0]["weight_decay"] = 0.1
     backward(model, data)
-    with pytest.raises(ValueError, match="expected weight_decay=0 in a group with companded weights, got 0.1"):
+    with pytest.raises(ValueError, match=r"expected weight_decay=0 in a group with companded weights, got 0\.1"):
         optimizer.step()

@@ -8,7 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from matplotlib import image
+from rich.console import Console
+from sklearn.datasets import load_digits
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -24,6 +27,11 @@ def load(name: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def grokking() -> ModuleType:
     return load("grokking")
+
+
+@pytest.fixture(scope="module")
+def compander() -> ModuleType:
+    return load("compander")
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +93,87 @@ class TestGrokking:
         with pytest.raises(SystemExit):
             grokking.main(["--epochs", "0"])
         assert "--epochs should be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def histograms(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compander") / "plot.png"
+
+
+@pytest.fixture(scope="module")
+def methods(compander, histograms) -> list:
+    return compander.main(["--epochs", "4", "--seeds", "2", "--a", "0.5", "--b", "0.75", "--output", str(histograms)])
+
+
+class TestCompander:
+    def test_data_are_all_digits_once(self, compander) -> None:
+        data = compander.digits(seed=0, device="cpu")
+        parts = (data.train, data.validation, data.test)
+        assert [len(part.x) for part in parts] == [269, 270, 1258]
+        images = torch.cat([part.x for part in parts])
+        assert images.shape == (1797, 1, 8, 8)
+        assert (images.min(), images.max()) == (0, 1)
+        source = load_digits()
+        keys = lambda x, y: sorted(zip(map(tuple, x), y, strict=True))  # noqa: E731
+        labels = torch.cat([part.y for part in parts]).tolist()
+        assert keys((16 * images).flatten(1).tolist(), labels) == keys(source.data.tolist(), source.target.tolist())
+        other = compander.digits(seed=1, device="cpu")
+        assert not torch.equal(other.train.x, data.train.x)
+
+    def test_every_method_learns_from_the_same_start(self, methods) -> None:
+        """Companding leaves the function as it is: the first loss is that of the plain network, to rounding."""
+        assert [method.name for method in methods] == ["plain", "fixed (0.5, 0.75)", "learned (a, b)"]
+        for seed in range(2):
+            runs = [method.runs[seed] for method in methods]
+            assert [run.losses[0] for run in runs] == pytest.approx([runs[0].losses[0]] * 3, rel=1e-4)
+            assert len({run.losses[-1] for run in runs}) == 3
+            for run in runs:
+                assert len(run.losses) == 4 * 5  # 269 images in batches of 64
+                assert run.losses[-1] < 0.5 * run.losses[0]
+                assert min(run.test_accuracy, run.validation_accuracy) > 0.5  # chance is 0.1
+                assert len(run.weights) == 9 * (32 + 32 * 32 + 32 * 64) + 2560
+
+    def test_weights_are_companded(self, methods, compander) -> None:
+        _, fixed, learned = methods
+        for run in fixed.runs:
+            assert compander.largest(run) < 0.5 * torch.pi / 2
+        model = compander.network(seed=0, device="cpu")
+        optimizers = learned.prepare(model)
+        assert [type(optimizer).__name__ for optimizer in optimizers] == ["CompandedOptimizer", "SGD"]
+        assert len(optimizers[1].param_groups[0]["params"]) == 2 * 4
+        assert compander.near_zero(compander.Run(weights=torch.tensor([0.0, 0.005, -0.02, 1.0]))) == 0.5
+
+    def test_grid_takes_the_best_on_validation_images(self, compander, monkeypatch) -> None:
+        scores = {0.5: 0.9, 0.75: 0.95, 1.0: 0.9}
+
+        def train(prepare, *args) -> object:
+            return compander.Run(validation_accuracy=scores[prepare.keywords["a"]], test_accuracy=prepare.keywords["b"])
+
+        monkeypatch.setattr(compander, "train", train)
+        grid = [(a, b) for a in scores for b in (0.5, 1.0)]
+        assert compander.search(1, 2, "cpu", grid, Console()) == (0.75, 0.5)
+
+    def test_quick_runs_the_grid_too(self, compander, tmp_path, capsys) -> None:
+        methods = compander.main(["--quick", "--output", str(tmp_path / "plot.png")])
+        assert all(len(method.runs) == 2 for method in methods)
+        assert "grid of fixed (a, b)" in capsys.readouterr().out
+
+    def test_plot_shows_every_method(self, methods, histograms) -> None:
+        pixels = image.imread(histograms)[..., :3]
+        assert pixels.shape[:2] == (660, 1800)
+        for method in methods:
+            rgb = [int(method.color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+            assert (abs(pixels - rgb).max(axis=-1) < 0.01).sum() > 100
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--epochs", "0"], "--epochs should be at least 1, got 0"),
+            (["--seeds", "0"], "--seeds should be at least 1, got 0"),
+            (["--a", "1"], "--a and --b belong together"),
+        ],
+    )
+    def test_arguments_are_checked(self, compander, capsys, arguments, message) -> None:
+        with pytest.raises(SystemExit):
+            compander.main(arguments)
+        assert message in capsys.readouterr().err

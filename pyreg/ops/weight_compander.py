@@ -71,9 +71,7 @@ def weight_compander(v: Tensor, a: Constant, b: Constant, kind: str = "arctan") 
     return _companders("weight_compander", (v,), (a,), (b,), kind)[0]
 
 
-def weight_compander_inverse(
-    w: Tensor, a: Constant, b: Constant, kind: str = "arctan", clamp: bool = False
-) -> Tensor:
+def weight_compander_inverse(w: Tensor, a: Constant, b: Constant, kind: str = "arctan", clamp: bool = False) -> Tensor:
     r"""The ``v`` that :func:`weight_compander` maps to ``w``: how companded weights are initialised.
 
     .. code-block:: text
@@ -223,7 +221,7 @@ def _check_constant(operator: str, name: str, constant: Any, v: Tensor, of: str)
     if not isinstance(constant, Tensor):
         if isinstance(constant, bool) or not isinstance(constant, (int, float, torch.SymFloat)):
             raise TypeError(f"{operator}: expected {name} to be a number or a tensor, got {type(constant).__name__}")
-        if constant == 0 or not math.isfinite(constant):
+        if not 0 < abs(constant) < math.inf:
             raise ValueError(
                 f"{operator}: expected {name} to be finite and not 0, got {constant}; w = a f(v / b) needs both a and b"
             )

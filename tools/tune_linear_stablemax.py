@@ -1,0 +1,92 @@
+"""Times the tiles that the logits' product of linear_stablemax may have, beside torch's own product, on this GPU.
+
+    python tools/tune_linear_stablemax.py [R H V]
+
+What is best belongs into `_TILES` of triton_kernels/linear_stablemax.py: a choice made there keeps the same bits on
+every run, which one made by timing at run time would not. Every candidate is checked before it is timed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from triton.testing import do_bench
+
+from pyreg.triton_kernels import linear_stablemax as kernels
+from pyreg.triton_kernels.linear_stablemax import Tiles
+
+CANDIDATES = [
+    *(Tiles(128, 256, 64, 2, 8, 4, descriptors=True, group=group) for group in (4, 8, 16, 32)),
+    Tiles(128, 256, 64, 2, 8, 3, descriptors=True),
+    Tiles(128, 256, 64, 1, 8, 3, descriptors=True),
+    Tiles(256, 128, 64, 2, 8, 4, descriptors=True, group=8),
+    Tiles(256, 128, 64, 2, 8, 3, descriptors=True, group=8),
+    Tiles(128, 128, 64, 2, 8, 4, descriptors=True),
+    Tiles(128, 128, 128, 2, 8, 3, descriptors=True),
+    Tiles(128, 128, 64, 2, 4, 4, descriptors=True),
+    # A warp group that copies, two that multiply. Triton 3.6 compiles those of one part alone.
+    *(Tiles(128, 256, 64, 1, 4, 3, descriptors=True, specialized=True, group=group) for group in (8, 16)),
+    Tiles(256, 128, 64, 1, 4, 3, descriptors=True, specialized=True, group=8),
+    Tiles(128, 256, 64, 2, 4, 4, descriptors=True, specialized=True),
+    Tiles(256, 128, 64, 2, 4, 4, descriptors=True, specialized=True, group=8),
+    # Pointers: sm_80, and addresses that no descriptor takes.
+    Tiles(128, 128, 64, 1, 8, 4),
+    Tiles(128, 128, 64, 2, 8, 3),
+    Tiles(128, 256, 32, 2, 8, 4),
+]
+
+
+def main() -> None:
+    n_rows, n_features, n_classes = map(int, sys.argv[1:]) if len(sys.argv) == 4 else (4096, 4096, 128256)
+    random = torch.Generator("cuda").manual_seed(0)
+    options = {"device": "cuda", "generator": random}
+    x = torch.randn(n_rows, n_features, **options).bfloat16()
+    weight = (torch.randn(n_classes, n_features, **options) / n_features**0.5).bfloat16()
+    labels = torch.randint(n_classes, (n_rows,), **options)
+    operations = 2 * n_rows * n_features * n_classes
+
+    def time(call: object) -> float:
+        return float(do_bench(call, warmup=200, rep=1000, return_mode="median"))
+
+    table = Table(title=f"{n_rows} x {n_features} -> {n_classes}, bfloat16, {torch.cuda.get_device_name()}")
+    for column in ("tiles", "ms", "TFLOP/s", "of torch.mm"):
+        table.add_column(column, justify="left" if column == "tiles" else "right")
+    logits = torch.empty(n_rows, n_classes, dtype=torch.bfloat16, device="cuda")
+    product = time(lambda: torch.mm(x, weight.T, out=logits))
+    table.add_row("torch.mm", f"{product:.3f}", f"{operations / product / 1e9:.0f}", "")
+
+    sample = slice(0, n_rows, max(1, n_rows // 64))
+    few = x[sample].double() @ weight.double().T
+    target = labels[sample, None]
+    share = torch.where(few < 0, 1 / (1 - few), few + 1)
+    exact = torch.log1p((share.sum(1, keepdim=True) - share.gather(1, target)) / share.gather(1, target))[:, 0]
+    slopes = torch.where(few < 0, (1 - few) ** -2, 1.0).scatter(1, target, 0.0)
+    del few, share
+    derivatives = kernels.new_derivatives(n_rows, weight)
+    scale = kernels._slope_scale(x.dtype) ** 2
+    for tiles in CANDIDATES:
+        kernels._choose_tiles = lambda *_, tiles=tiles: tiles
+        derivatives.fill_(float("nan"))
+        call = lambda: kernels.forward(x, weight, None, labels, None, derivatives)  # noqa: E731
+        try:
+            loss = call().loss[sample]
+        except Exception as error:  # whatever Triton raises: this Triton or this GPU cannot have it
+            table.add_row(str(tiles), type(error).__name__, "", "")
+            continue
+        wrong = max(
+            ((loss - exact).norm() / exact.norm()).item() / 1e-5,
+            ((derivatives[sample] / scale - slopes).norm() / slopes.norm()).item() / 2**-8,
+        )
+        if not wrong < 1:
+            table.add_row(str(tiles), "[red]wrong", "", "")
+            continue
+        taken = time(call)
+        table.add_row(str(tiles), f"{taken:.3f}", f"{operations / taken / 1e9:.0f}", f"{product / taken:.0%}")
+    Console(width=200).print(table)
+
+
+if __name__ == "__main__":
+    main()

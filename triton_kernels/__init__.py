@@ -1,0 +1,1 @@
+"""Triton kernels with their launchers: what needs tensor cores. Importing one needs Triton >= 3.6."""
