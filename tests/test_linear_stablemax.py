@@ -344,13 +344,13 @@ def test_gradients_only_where_needed(
     tensors, target = operands((70, 6, 8), torch.float64, device)
     expected = value_and_gradients(fused, tensors, target=target, reduction=reduction)[1:]
     products = []
-    made = implementation._Sums.__init__
+    made = implementation._Gradients.__init__
 
     def watch(self: Any, *args: Any) -> None:
         made(self, *args)
         products.append([tensor.numel() for tensor in self.as_tuple()])
 
-    monkeypatch.setattr(implementation._Sums, "__init__", watch)
+    monkeypatch.setattr(implementation._Gradients, "__init__", watch)
     for index, tensor in enumerate(tensors):
         tensor.requires_grad_(index in needed)
     actual = value_and_gradients(fused, tensors, target=target, reduction=reduction)[1:]
@@ -423,6 +423,62 @@ def test_inputs_are_not_written(device: torch.device) -> None:
     value_and_gradients(fused, tensors, target=target)
     value_and_gradients(fused, tensors, target=target, reduction="none")
     assert all(torch.equal(tensor, old) for tensor, old in zip((*tensors, target), before, strict=True))
+
+
+# ---- Triton's kernels ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_tiles(
+    triton_device: torch.device, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way through the Triton kernels, several chunks of it, also where only the interpreter runs them."""
+    monkeypatch.setattr(implementation, "_has_tiles", lambda input: True)
+    monkeypatch.setattr(implementation, "_LEAST_TILED_ROWS", 32)
+    monkeypatch.setattr(implementation, "_TILED_MULTIPLE", 32)
+    options = dict(options)
+    tensors, target = operands((70, 24, 45), dtype, triton_device, options.pop("bias", True))
+    in_dtype = of_dtype(options, 45, dtype, triton_device)
+    if "label_smoothing" not in options:
+        monkeypatch.setattr(implementation, "_run_products", None)
+    ours = value_and_gradients(fused, tensors, target=target, **in_dtype)
+    theirs = value_and_gradients(plain, tensors, target=target, **in_dtype)
+    if "weight" in in_dtype:
+        in_dtype = {**in_dtype, "weight": in_dtype["weight"].double()}
+    truth = value_and_gradients(plain, in_float64(tensors), target=target, **in_dtype)
+    for actual, same_dtype, expected in zip(ours, theirs, truth, strict=True):
+        assert actual.dtype == dtype
+        assert_as_accurate(actual, same_dtype, expected, floor=4)
+    again = value_and_gradients(fused, tensors, target=target, **of_dtype(options, 45, dtype, triton_device))
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+def test_tiles_of_one_chunk_sum_in_bfloat16(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(implementation, "_has_tiles", lambda input: True)
+    tensors, target = operands((70, 24, 45), torch.bfloat16, triton_device)
+    loss = fused(*tensors, target=target)
+    assert [gradient.dtype for gradient in loss.grad_fn.gradients] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    gradients = torch.autograd.grad(loss, tensors, retain_graph=True)
+    again = torch.autograd.grad(loss, tensors)  # made anew
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+    exact = in_float64(tensors)
+    truth = torch.autograd.grad(plain(*exact, target=target), exact)
+    theirs = torch.autograd.grad(plain(*tensors, target=target), tensors)
+    for actual, same_dtype, expected in zip(gradients, theirs, truth, strict=True):
+        assert_as_accurate(actual, same_dtype, expected, floor=4)
+
+
+def test_tiles_make_the_loss_of_an_out_of_range_label_nan(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(implementation, "_has_tiles", lambda input: True)
+    monkeypatch.setattr(implementation._classes, "check_labels", lambda *_: None)
+    tensors, target = operands((20, 8, 5), torch.float32, triton_device)
+    target[[3, 7]] = torch.tensor([5, -1], device=triton_device)
+    loss = fused(*tensors, target=target, reduction="none")
+    assert loss.isnan().nonzero().flatten().tolist() == [3, 7]
+    assert fused(*tensors, target=target).isnan()
 
 
 # ---- memory ----

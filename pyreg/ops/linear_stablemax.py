@@ -8,7 +8,10 @@ half inside the product. Definition: :mod:`pyreg.reference.linear_stablemax`.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib
+import importlib.util
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,7 +83,7 @@ def linear_stablemax_cross_entropy(
     code = _library.reduction_code(_NAME, reduction)
     smoothing = _classes.check_smoothing(_NAME, label_smoothing)
     labels = _check_tensors(input, linear_weight, target, linear_bias, ignore_index)
-    compute = _compute_dtype(input)
+    compute = _compute_dtype(input, smoothing)
     if weight is not None:
         weight = _classes.check_weight(_NAME, weight, linear_weight.shape[0], input)
     if not labels or _has_small_logits(input, linear_weight):
@@ -180,12 +183,13 @@ def _is_autocast(input: Tensor) -> bool:
     return torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
 
 
-def _compute_dtype(input: Tensor) -> torch.dtype:
+def _compute_dtype(input: Tensor, smoothing: float) -> torch.dtype:
     """The dtype of the matrix products' operands."""
     dtype = torch.get_autocast_dtype(input.device.type) if _is_autocast(input) else input.dtype
-    # The CPU's own float16 products take several times float32's time, and gradients without the upstream factor, the
-    # loss scale, would underflow.
-    return torch.float32 if dtype == torch.float16 else dtype
+    # The logits' gradients, some of a millionth, are below float16's numbers: only the tiles keep them at a scale of
+    # their own. The CPU's float16 products take several times float32's time besides.
+    has_tiles = smoothing == 0 and _has_tiles(input)
+    return torch.float32 if dtype == torch.float16 and not has_tiles else dtype
 
 
 # ---- chunks of rows ----
@@ -197,27 +201,86 @@ _CHUNK_SHARE = 11
 _LEAST_CHUNK_BYTES = 16 << 20
 _MOST_CHUNK_ROWS = 1024
 _CHUNK_MULTIPLE = 32
+# On a GPU a chunk's 16-bit derivatives take as much memory as the gradient of the weight, and adding to the latter's
+# float32 sum, 8 bytes for every 2 H operations, stays below the time of the product.
+_LEAST_TILED_ROWS = 1024
+_TILED_MULTIPLE = 128
 
 # Classes whose 16-bit products are added to float32 sums at a time: 4 MB at 1024 features.
 _CLASS_BLOCK = 1024
 
 
-def _chunk_rows(rows: int, classes: int) -> int:
-    chunk = max(rows // _CHUNK_SHARE, _LEAST_CHUNK_BYTES // (4 * classes))
-    return max(min(chunk, _MOST_CHUNK_ROWS) // _CHUNK_MULTIPLE, 1) * _CHUNK_MULTIPLE
+class _Problem(NamedTuple):
+    """What both ways through the chunks take."""
+
+    input: Tensor  # [N, H]
+    linear_weight: Tensor  # [C, H]
+    target: Tensor  # [N]
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    compute: torch.dtype
+
+    @property
+    def total(self) -> torch.dtype:
+        return _library.accumulate_dtype(self.compute)
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the Triton kernels do it."""
+        return self.label_smoothing == 0 and self.compute != torch.float64 and _has_tiles(self.input)
+
+    @property
+    def chunk_rows(self) -> int:
+        count, hidden = self.input.shape
+        if self.is_tiled:
+            chunks = max(-(-count // max(hidden, _LEAST_TILED_ROWS)), 1)
+            return max(-(-count // (chunks * _TILED_MULTIPLE)), 1) * _TILED_MULTIPLE
+        chunk = max(count // _CHUNK_SHARE, _LEAST_CHUNK_BYTES // (4 * self.linear_weight.shape[0]))
+        return max(min(chunk, _MOST_CHUNK_ROWS) // _CHUNK_MULTIPLE, 1) * _CHUNK_MULTIPLE
+
+    @property
+    def chunks(self) -> list[slice]:
+        step = self.chunk_rows
+        return [slice(first, min(first + step, self.input.shape[0])) for first in range(0, self.input.shape[0], step)]
+
+    def divides_in_forward(self, reduction: int) -> bool:
+        """Whether the gradients that the forward pass forms are those of the mean, or of the sum.
+
+        A float16 gradient of a mean would be below the smallest number before the upstream gradient, the loss scale,
+        lifts it; and of 16-bit operands, only the tiles' can be multiplied by a number without being rounded anew.
+        """
+        exact = self.compute.itemsize > 2 or (self.is_tiled and self.compute == torch.bfloat16)
+        return reduction == 1 and exact and self.input.dtype != torch.float16
+
+    @property
+    def weight_total(self) -> torch.dtype:
+        """The dtype of the weight's gradient until its upstream gradient is known: one chunk's bfloat16 product is
+        rounded once, at its end."""
+        alone = self.is_tiled and self.compute == self.linear_weight.dtype == torch.bfloat16
+        return torch.bfloat16 if alone and self.input.shape[0] <= self.chunk_rows else self.total
 
 
-class _Sums:
-    """The gradients for losses that are summed, or weighted by an upstream gradient; empty where not needed."""
+def _has_tiles(input: Tensor) -> bool:
+    return input.is_cuda and _is_triton_there()
 
-    def __init__(self, input: Tensor, linear_weight: Tensor, compute: torch.dtype, needs_grad: list[bool]) -> None:
-        rows, hidden = input.shape
-        classes = linear_weight.shape[0]
-        total = _library.accumulate_dtype(compute)
+
+@functools.cache
+def _is_triton_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+class _Gradients:
+    """Of the losses' sum, weighted by an upstream gradient where there is one; empty where not needed."""
+
+    def __init__(self, problem: _Problem, needs_grad: list[bool]) -> None:
+        input, linear_weight = problem.input, problem.linear_weight
         self.needs_input, self.needs_weight, self.needs_bias = needs_grad
-        self.input = _library.empty((rows, hidden) if self.needs_input else (0,), input.dtype, input)
-        self.weight = _library.empty((classes, hidden) if self.needs_weight else (0,), total, input)
-        self.bias = _library.empty((classes,) if self.needs_bias else (0,), total, input)
+        self.input = _library.empty(input.shape if self.needs_input else (0,), input.dtype, input)
+        shape = linear_weight.shape if self.needs_weight else (0,)
+        self.weight = _library.empty(shape, problem.weight_total, input)
+        self.bias = input.new_zeros(linear_weight.shape[:1] if self.needs_bias else (0,), dtype=problem.total)
 
     def add(self, rows: slice, gradient: Tensor, x: Tensor, linear_weight: Tensor, upstream: Tensor | None) -> None:
         """Takes the gradient ``[C, n]`` of the logits of some rows ``x [n, H]``; ``upstream [n]`` weights the rows."""
@@ -250,28 +313,25 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, keep: bool) -> None
         total[block] = total[block] + product if keep else product
 
 
-def _run_chunks(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    options: tuple[Any, ...],
-    compute: torch.dtype,
-    losses: Tensor,
-    sums: _Sums | None,
-    upstream: Tensor | None,
-) -> None:
-    """Fills ``losses [N]`` and, where given, ``sums``. Options: class weights, reduction, ignore_index, smoothing."""
-    classes, count = linear_weight.shape[0], input.shape[0]
+def _run(problem: _Problem, losses: Tensor, gradients: _Gradients | None, upstream: Tensor | None) -> None:
+    """Fills ``losses [N]`` and, where given, the gradients, row ``i``'s weighted by ``upstream[i]``."""
+    if gradients is not None and problem.input.shape[0] == 0:
+        gradients.weight.zero_()
+    elif problem.is_tiled:
+        _run_tiles(problem, losses, gradients, upstream)
+    else:
+        _run_products(problem, losses, gradients, upstream)
+
+
+def _run_products(problem: _Problem, losses: Tensor, gradients: _Gradients | None, upstream: Tensor | None) -> None:
+    """By torch's products and the kernels of the loss, which turn the logits' memory into their gradient."""
+    input, linear_weight, target, linear_bias, weight, ignore_index, smoothing, compute = problem
+    classes = linear_weight.shape[0]
     linear_weight = linear_weight.to(compute)
     bias = None if linear_bias is None else linear_bias.to(compute).unsqueeze(1)
-    step = _chunk_rows(count, classes)
-    memory = _library.empty((classes * min(step, count),), compute, input)
-    if count == 0 and sums is not None:
-        sums.weight.zero_()
-        sums.bias.zero_()
-    for first in range(0, count, step):
-        rows = slice(first, min(first + step, count))
+    memory = _library.empty((classes * min(problem.chunk_rows, len(input)),), compute, input)
+    options = (weight, 0, ignore_index, smoothing, losses.dtype)
+    for rows in problem.chunks:
         x, y = input[rows].to(compute), target[rows].unsqueeze(0)
         # Classes first: the faster layout for the products that make and take the logits.
         logits = memory[: classes * x.shape[0]].view(classes, x.shape[0])
@@ -279,11 +339,42 @@ def _run_chunks(
             torch.mm(linear_weight, x.t(), out=logits)
         else:
             torch.addmm(bias, linear_weight, x.t(), out=logits)
-        if sums is None:
-            losses[rows] = _cross_entropy(logits.unsqueeze(0), y, *options, losses.dtype)[0].squeeze(0)
+        if gradients is None:
+            losses[rows] = _cross_entropy(logits.unsqueeze(0), y, *options)[0].squeeze(0)
         else:
-            losses[rows] = _cross_entropy_in_place(logits.unsqueeze(0), y, *options, losses.dtype).squeeze(0)
-            sums.add(rows, logits, x, linear_weight, None if upstream is None else upstream[rows])
+            losses[rows] = _cross_entropy_in_place(logits.unsqueeze(0), y, *options).squeeze(0)
+            gradients.add(rows, logits, x, linear_weight, None if upstream is None else upstream[rows])
+
+
+def _run_tiles(problem: _Problem, losses: Tensor, gradients: _Gradients | None, upstream: Tensor | None) -> None:
+    """By Triton kernels, whose product leaves the derivatives ``s'(z)`` of a chunk in place of its logits."""
+    kernels = importlib.import_module("pyreg.triton_kernels.linear_stablemax")
+    linear_weight = problem.linear_weight.to(problem.compute)
+    classes, count = linear_weight.shape[0], problem.input.shape[0]
+    is_class = (problem.target >= 0) & (problem.target < classes) & (problem.target != problem.ignore_index)
+    labels = problem.target.where(is_class, -1)
+    memory = weight_gradient = None
+    if gradients is not None:
+        memory = kernels.new_derivatives(min(problem.chunk_rows, count), linear_weight)
+        if gradients.needs_weight:
+            weight_gradient = kernels.WeightGradient(linear_weight, problem.weight_total)
+    for rows in problem.chunks:
+        x, y = problem.input[rows].to(problem.compute), labels[rows]
+        derivatives = None if memory is None else memory[: len(x)]
+        terms = kernels.forward(x, linear_weight, problem.linear_bias, y, problem.weight, derivatives)
+        losses[rows] = terms.loss
+        if gradients is None:
+            continue
+        factors = terms[1:] if upstream is None else [term * upstream[rows] for term in terms[1:]]
+        if gradients.needs_input:
+            kernels.input_gradient(derivatives, linear_weight, y, *factors, out=gradients.input[rows])
+        if weight_gradient is not None:
+            weight_gradient.add(derivatives, x, y, *factors)
+        if gradients.needs_bias:
+            kernels.add_bias_gradient(gradients.bias, derivatives, y, *factors)
+    if gradients is not None and weight_gradient is not None:
+        gradients.weight = weight_gradient.result(problem.weight_total)
+    losses.masked_fill_(~is_class & (problem.target != problem.ignore_index), torch.nan)
 
 
 _cross_entropy = _library.operator("stablemax_cross_entropy")
@@ -296,6 +387,11 @@ def _total_weight(target: Tensor, weight: Tensor | None, ignore_index: int, dtyp
     if weight is None:
         return counts.sum().to(dtype)
     return (weight[target.clamp(0, weight.shape[0] - 1)] * counts).sum().to(dtype)
+
+
+def _shares(total_weight: Tensor, target: Tensor) -> Tensor:
+    """What each row's loss adds to the mean; where no row counts all gradients are 0 and so may this be anything."""
+    return (1 / total_weight.where(total_weight != 0, 1)).expand(target.shape)
 
 
 # ---- the operators ----
@@ -314,23 +410,21 @@ def _forward(
     loss_dtype: torch.dtype,
     needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, a mean's divisor, and the gradients for the sum of the losses, as far as they are needed and one
+    """The loss, a mean's divisor, and the gradients for an upstream gradient of 1, as far as they are needed and one
     upstream gradient serves all rows."""
     if target.is_cpu or _library.checks_values():
         _classes.check_labels(_NAME, target, linear_weight.shape[0], ignore_index)
-    total = _library.accumulate_dtype(compute)
-    losses = input.new_empty(input.shape[0], dtype=total)
+    problem = _Problem(input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, compute)
+    losses = input.new_empty(input.shape[0], dtype=problem.total)
+    total_weight = _total_weight(target, weight, ignore_index, problem.total)
     needs_grad = _formed_in_forward(reduction, needs_grad)
-    sums = _Sums(input, linear_weight, compute, needs_grad)
-    options = (weight, 0, ignore_index, label_smoothing)
-    _run_chunks(
-        input, linear_weight, target, linear_bias, options, compute, losses, sums if any(needs_grad) else None, None
-    )
-    total_weight = _total_weight(target, weight, ignore_index, total)
+    gradients = _Gradients(problem, needs_grad)
+    upstream = _shares(total_weight, target) if problem.divides_in_forward(reduction) else None
+    _run(problem, losses, gradients if any(needs_grad) else None, upstream)
     loss = losses if reduction == 0 else losses.sum()
     if reduction == 1:
         loss = loss / total_weight
-    return loss.to(loss_dtype), total_weight, *sums.as_tuple()
+    return loss.to(loss_dtype), total_weight, *gradients.as_tuple()
 
 
 def _formed_in_forward(reduction: int, needs_grad: list[bool]) -> list[bool]:
@@ -342,7 +436,7 @@ def _formed_in_forward(reduction: int, needs_grad: list[bool]) -> list[bool]:
     return [needs_input, needs_weight, needs_bias]
 
 
-def _backward_chunks(
+def _recompute_gradients(
     grad_rows: Tensor,
     input: Tensor,
     linear_weight: Tensor,
@@ -355,17 +449,16 @@ def _backward_chunks(
     needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients where row ``i``'s loss has the upstream gradient ``grad_rows[i]``."""
-    total = _library.accumulate_dtype(compute)
-    losses = input.new_empty(input.shape[0], dtype=total)
-    sums = _Sums(input, linear_weight, compute, needs_grad)
-    upstream = grad_rows.to(total).masked_fill(target == ignore_index, 0)
-    options = (weight, 0, ignore_index, label_smoothing)
-    _run_chunks(input, linear_weight, target, linear_bias, options, compute, losses, sums, upstream)
-    return sums.as_tuple()
+    problem = _Problem(input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, compute)
+    losses = input.new_empty(input.shape[0], dtype=problem.total)
+    gradients = _Gradients(problem, needs_grad)
+    upstream = grad_rows.to(problem.total).masked_fill(target == ignore_index, 0)
+    _run(problem, losses, gradients, upstream)
+    return gradients.as_tuple()
 
 
 _library.implement(_NAME, _forward)
-_library.implement(f"{_NAME}_backward", _backward_chunks)
+_library.implement(f"{_NAME}_backward", _recompute_gradients)
 
 _recompute = _library.operator(f"{_NAME}_backward")
 
@@ -396,8 +489,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, grad_loss, parameters, target, weight)
     factor = grad_loss.to(total_weight.dtype)
-    if ctx.reduction == 1:
-        factor = factor / total_weight.where(total_weight != 0, 1)  # every row's gradient is 0 then
+    problem = _Problem(input, linear_weight, target, linear_bias, weight, ctx.ignore_index, ctx.smoothing, ctx.compute)
+    divides_in_forward = problem.divides_in_forward(ctx.reduction)
+    if ctx.reduction == 1 and not divides_in_forward:
+        factor = factor * _shares(total_weight, factor)
     in_place = ctx.once and not _library.is_batched(grad_loss)
     if ctx.once:
         gradients = ctx.gradients
@@ -406,7 +501,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     wanted = [ctx.needs_input_grad[index] for index in _PARAMETERS]
     if gradients is None or any(want and not have for want, have in zip(wanted, ctx.formed, strict=True)):
         # One upstream gradient for all rows is multiplied in afterwards, so that this result has the other's bits.
-        rows = factor if ctx.reduction == 0 else total_weight.new_ones(target.shape)
+        rows = factor
+        if ctx.reduction != 0:
+            rows = _shares(total_weight if divides_in_forward else torch.ones_like(total_weight), target)
         gradients = _recompute(
             *(rows, input, linear_weight, target, linear_bias, weight),
             *(ctx.ignore_index, ctx.smoothing, ctx.compute, wanted),
@@ -458,17 +555,19 @@ _differentiable = _library.differentiable(_NAME, setup_context=_setup_context, b
 
 @_library.fake(_NAME)
 def _(input: Tensor, linear_weight: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *_, reduction, _, _, compute, loss_dtype, needs_grad = options
+    *_, reduction, _, smoothing, compute, loss_dtype, needs_grad = options
     loss = input.new_empty(target.shape if reduction == 0 else (), dtype=loss_dtype)
     total_weight = input.new_empty((), dtype=_library.accumulate_dtype(compute))
-    sums = _Sums(input, linear_weight, compute, _formed_in_forward(reduction, needs_grad))
-    return loss, total_weight, *sums.as_tuple()
+    problem = _Problem(input, linear_weight, target, None, None, 0, smoothing, compute)
+    gradients = _Gradients(problem, _formed_in_forward(reduction, needs_grad))
+    return loss, total_weight, *gradients.as_tuple()
 
 
 @_library.fake(f"{_NAME}_backward")
 def _(grad_rows: Tensor, input: Tensor, linear_weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *_, compute, needs_grad = options
-    return _Sums(input, linear_weight, compute, needs_grad).as_tuple()
+    *_, smoothing, compute, needs_grad = options
+    problem = _Problem(input, linear_weight, grad_rows, None, None, 0, smoothing, compute)
+    return _Gradients(problem, needs_grad).as_tuple()
 
 
 _library.vmap_one_by_one(_NAME)
