@@ -753,13 +753,13 @@ def _scale_rows(x: Tensor, factor: Tensor, scale: Tensor | None, constant: float
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """out = a b, or out += a b, summed in float32."""
-    beta = 1 if accumulate else 0
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, out=out)
-    elif out.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    if a.dtype != out.dtype and not out.is_cuda:
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    options = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if accumulate:
+        torch.addmm(out, a, b, **options, out=out)
     else:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+        torch.mm(a, b, **options, out=out)
 
 
 # ---- what tools/triton_report.py compiles ----
