@@ -392,6 +392,25 @@ def test_strides(kernels: Any, triton_device: torch.device) -> None:
         for same_weight in (tall[::2], weight.T.contiguous().T):
             ours = fused(kernels, Problem(same_x, same_weight, bias, labels))
             torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    spread = lambda vector: torch.stack([vector, torch.zeros_like(vector)], 1)[:, 0]  # noqa: E731
+    class_weight = torch.linspace(1, 2, 40, device=triton_device)
+    torch.testing.assert_close(
+        fused(kernels, Problem(x, weight, spread(bias), spread(labels), spread(class_weight))),
+        fused(kernels, Problem(x, weight, bias, labels, class_weight)),
+        rtol=0,
+        atol=0,
+    )
+    derivatives = kernels.new_derivatives(20, weight)
+    _, c, t = kernels.forward(x, weight, bias, labels, None, derivatives)
+    gradients = []
+    for vectors in [(labels, c, t), tuple(map(spread, (labels, c, t)))]:
+        grad_x, grad_weight = torch.empty_like(x), kernels.WeightGradient(weight)
+        kernels.input_gradient(derivatives, weight, *vectors, grad_x)
+        grad_weight.add(derivatives, x, *vectors)
+        grad_bias = torch.zeros(40, device=triton_device)
+        kernels.add_bias_gradient(grad_bias, derivatives, *vectors)
+        gradients.append([grad_x, grad_weight.result(x.dtype), grad_bias])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
     row = x[:1].expand(20, 30)
     torch.testing.assert_close(
         fused(kernels, Problem(row, weight, bias, labels)),
