@@ -493,6 +493,7 @@ def forward(
         derivatives: [R, V] from :func:`new_derivatives`, which receives E for the gradients; None for the loss alone.
     """
     x, weight = _rows(x), _rows(weight)
+    bias, labels, class_weight = map(_vector, (bias, labels, class_weight))
     n_rows, n_features = x.shape
     n_classes = weight.shape[0]
     result = RowTerms(*x.new_empty((3, n_rows), dtype=torch.float32))
@@ -595,6 +596,10 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
+def _vector(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
 def _slope_scale(dtype: torch.dtype) -> float:
     """E is stored times the square of this.
 
@@ -626,9 +631,9 @@ def input_gradient(
         finish_input_gradient_kernel[_element_grid(n_rows, n_features)](
             product,
             weight,
-            labels,
-            sum_gradient,
-            target_gradient,
+            labels.contiguous(),
+            sum_gradient.contiguous(),
+            target_gradient.contiguous(),
             out,
             n_rows,
             weight.shape[0],
@@ -651,7 +656,7 @@ def add_bias_gradient(
     with torch.cuda.device_of(out):
         sum_columns_kernel[(triton.cdiv(n_classes, _COLUMN_BLOCKS["BLOCK_N"]),)](
             derivatives,
-            sum_gradient,
+            sum_gradient.contiguous(),
             out,
             n_rows,
             n_classes,
@@ -737,7 +742,7 @@ def _scale_rows(x: Tensor, factor: Tensor, scale: Tensor | None, constant: float
     out = x.new_empty((n_rows, n_features), dtype=dtype)
     scale_rows_kernel[_element_grid(n_rows, n_features)](
         x,
-        factor,
+        factor.contiguous(),
         scale,
         out,
         n_rows,
@@ -753,13 +758,13 @@ def _scale_rows(x: Tensor, factor: Tensor, scale: Tensor | None, constant: float
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """out = a b, or out += a b, summed in float32."""
-    beta = 1 if accumulate else 0
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, out=out)
-    elif out.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    if a.dtype != out.dtype and not out.is_cuda:
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    options = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if accumulate:
+        torch.addmm(out, a, b, **options, out=out)
     else:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+        torch.mm(a, b, **options, out=out)
 
 
 # ---- what tools/triton_report.py compiles ----
