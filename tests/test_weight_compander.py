@@ -168,10 +168,12 @@ def ulps(actual: Tensor, exact: Tensor) -> Tensor:
     return (actual.double() - exact).abs() / torch.ldexp(torch.ones_like(exact), exponent - 24)
 
 
+# The emulation of CUDA has the functions of this machine's libm: it would say nothing about a GPU's.
+@pytest.mark.large
 @pytest.mark.parametrize("kind", KINDS)
 def test_function_over_the_whole_range_of_float32(device: torch.device, kind: str) -> None:
-    """a = b = 1 leaves the bare function: within 2 units in the last place for every 9973rd float of either sign, and in
-    the neighbourhood of each formula's end."""
+    """a = b = 1 leaves the bare function: within 2 units in the last place for every 9973rd float of either sign, and
+    in the neighbourhood of each formula's end. CUDA's own functions are documented with up to 4."""
     bits = torch.arange(0, 0x7F800000, 9973, dtype=torch.int32)
     near = torch.tensor([0.84375, 1.0, 4.0, 2.0**30, 88.7])[:, None] * (1 + torch.arange(-500, 500) * 2.0**-23)
     x = torch.cat([bits.view(torch.float32), near.flatten()]).to(device)
@@ -180,9 +182,10 @@ def test_function_over_the_whole_range_of_float32(device: torch.device, kind: st
         w = weight_compander(sign * x, 1.0, 1.0, kind)
         error = ulps(w, sign * exact)
         worst = int(error.argmax())
-        assert error[worst] <= 2, f"{error[worst].item()} ulp at {x[worst].item()}"
+        assert error[worst] <= (4 if device.type == "cuda" else 2), f"{error[worst].item()} ulp at {x[worst].item()}"
 
 
+@pytest.mark.large
 def test_slopes_over_the_whole_range_of_float32(device: torch.device) -> None:
     """f' of arctan and arsinh within a few roundings; that of erf within what rounding u^2 leaves, u^2 roundings."""
     x = torch.arange(0, 0x7F800000, 9973, dtype=torch.int32).view(torch.float32).to(device).requires_grad_()
@@ -613,13 +616,13 @@ def test_inverse_clamps_to_finite_values(device: torch.device, kind: str, dtype:
 @pytest.mark.parametrize(
     ("w", "a", "kind", "message"),
     [
-        ([0.1, -0.9], 0.5, "arctan", r"\|w\| < \|a\| pi / 2 = 0.785398 for kind 'arctan', got \|w\| up to 0.9; choose a la"),
+        ([0.1, -0.9], 0.5, "arctan", r"pi / 2 = 0.785398 for kind 'arctan', got \|w\| up to 0.9; choose a larger a"),
         ([0.1, 0.5], 0.5, "erf", r"\|w\| < \|a\| = 0.5 for kind 'erf', got \|w\| up to 0.5"),
         ([0.1, -0.6], -0.5, "erf", r"\|w\| < \|a\| = 0.5 for kind 'erf', got \|w\| up to 0.6"),
         ([0.1, INF], 0.5, "arctan", r"got \|w\| up to inf"),
-        ([0.1, 60.0], 0.5, "arsinh", r"\|w\| < \|a\| arsinh\(largest / max\(\|b\|, 1\)\) = 44.\d+ for kind 'arsinh', got \|w\| up to 60"),
+        ([0.1, 60.0], 0.5, "arsinh", r"arsinh\(largest / max.* = 44.\d+ for kind 'arsinh', got \|w\| up to 60"),
         ([0.1, math.nan], 0.5, "arctan", r"expected w without NaN, got 1 in 2 elements"),
-        ([0.5, 0.9], [1.0, 0.5], "arctan", r"= 0.785398 for kind 'arctan' in slice 1 of dimension 0, got \|w\| up to 0.9"),
+        ([0.5, 0.9], [1.0, 0.5], "arctan", r"= 0.785398 for kind 'arctan' in slice 1 of dimension 0, got"),
     ],
 )  # fmt: skip
 def test_inverse_out_of_range(device: torch.device, w: list[float], a: Any, kind: str, message: str) -> None:
@@ -811,30 +814,33 @@ def test_four_launches_a_step_without_synchronisation() -> None:
 # ---- hard to misuse ----
 
 
+ONES, ONES_2D = torch.ones(3), torch.ones(3, 2)
+
+
 @pytest.mark.parametrize("function", [weight_compander, weight_compander_inverse])
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((torch.ones(3), 0.5, 1.0, "tanh"), ValueError, "expected kind to be 'arctan', 'arsinh' or 'erf', got 'tanh'"),
+        ((ONES, 0.5, 1.0, "tanh"), ValueError, "expected kind to be 'arctan', 'arsinh' or 'erf', got 'tanh'"),
         (([1.0], 0.5, 1.0), TypeError, "expected [vw] to be a tensor, got list"),
-        ((torch.ones(3, dtype=torch.int64), 0.5, 1.0), TypeError, r"expected [vw] to be float64, .* got torch.int64; .*float\(\)"),
-        ((torch.ones(3, dtype=torch.complex64), 0.5, 1.0), TypeError, "got torch.complex64"),
-        ((torch.ones(3).to_sparse(), 0.5, 1.0), TypeError, "expected [vw] to be dense, got layout torch.sparse_coo"),
-        ((torch.ones(3), "0.5", 1.0), TypeError, "expected a to be a number or a tensor, got str"),
-        ((torch.ones(3), 0.5, True), TypeError, "expected b to be a number or a tensor, got bool"),
-        ((torch.ones(3), 0, 1.0), ValueError, "expected a to be finite and not 0, got 0; w = a f"),
-        ((torch.ones(3), 0.5, 0.0), ValueError, "expected b to be finite and not 0, got 0.0"),
-        ((torch.ones(3), math.nan, 1.0), ValueError, "expected a to be finite and not 0, got nan"),
-        ((torch.ones(3), 0.5, INF), ValueError, "expected b to be finite and not 0, got inf"),
-        ((torch.ones(3, 2), torch.ones(2), 1.0), ValueError, r"shape \[\], \[3\] or \[3, 1, ..., 1\] for [vw] of shape \[3, 2\], got \[2\]"),
-        ((torch.ones(3, 2), torch.ones(1, 3), 1.0), ValueError, r"expected a to hold one value, .* got \[1, 3\]"),
-        ((torch.ones(3, 2), 0.5, torch.ones(3, 2)), ValueError, r"expected b to hold one value, .* got \[3, 2\]"),
-        ((torch.ones(()), 0.5, torch.ones(2)), ValueError, r"expected b to hold one value, .* shape \[\] for [vw] of shape \[\], got \[2\]"),
-        ((torch.ones(3), torch.ones(3, dtype=torch.int32), 1.0), TypeError, "expected a to be float64, .* got torch.int32"),
-        ((torch.ones(3), torch.ones((), device="meta"), 1.0), ValueError, "expected a on the device cpu of [vw], got meta"),
-        ((torch.ones(3), torch.tensor(0.0), 1.0), ValueError, "expected a to be finite and not 0, got 0"),
-        ((torch.ones(3), torch.tensor([1.0, math.nan, 1]), 1.0), ValueError, "expected a to be finite and not 0, got nan"),
-        ((torch.ones(3), 0.5, torch.tensor(-INF)), ValueError, "expected b to be finite and not 0, got -inf"),
+        ((ONES.long(), 0.5, 1.0), TypeError, r"expected [vw] to be float64, .* got torch.int64; .*float\(\)"),
+        ((ONES.cfloat(), 0.5, 1.0), TypeError, "got torch.complex64"),
+        ((ONES.to_sparse(), 0.5, 1.0), TypeError, "expected [vw] to be dense, got layout torch.sparse_coo"),
+        ((ONES, "0.5", 1.0), TypeError, "expected a to be a number or a tensor, got str"),
+        ((ONES, 0.5, True), TypeError, "expected b to be a number or a tensor, got bool"),
+        ((ONES, 0, 1.0), ValueError, "expected a to be finite and not 0, got 0; w = a f"),
+        ((ONES, 0.5, 0.0), ValueError, "expected b to be finite and not 0, got 0.0"),
+        ((ONES, math.nan, 1.0), ValueError, "expected a to be finite and not 0, got nan"),
+        ((ONES, 0.5, INF), ValueError, "expected b to be finite and not 0, got inf"),
+        ((ONES_2D, torch.ones(2), 1.0), ValueError, r"shape \[\], \[3\] or \[3, 1, ..., 1\] for [vw] of .*, got \[2\]"),
+        ((ONES_2D, torch.ones(1, 3), 1.0), ValueError, r"expected a to hold one value, .* got \[1, 3\]"),
+        ((ONES_2D, 0.5, ONES_2D), ValueError, r"expected b to hold one value, .* got \[3, 2\]"),
+        ((ONES[0], 0.5, torch.ones(2)), ValueError, r"expected b to hold one value, .* \[\] for [vw] of shape \[\]"),
+        ((ONES, ONES.int(), 1.0), TypeError, "expected a to be float64, .* got torch.int32"),
+        ((ONES, torch.ones((), device="meta"), 1.0), ValueError, "expected a on the device cpu of [vw], got meta"),
+        ((ONES, torch.tensor(0.0), 1.0), ValueError, "expected a to be finite and not 0, got 0"),
+        ((ONES, torch.tensor([1.0, math.nan, 1]), 1.0), ValueError, "expected a to be finite and not 0, got nan"),
+        ((ONES, 0.5, torch.tensor(-INF)), ValueError, "expected b to be finite and not 0, got -inf"),
     ],
 )  # fmt: skip
 def test_errors(
