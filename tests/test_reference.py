@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyreg.reference import orthograd, stablemax
+from pyreg.reference import orthograd, stablemax, weight_compander
 
 GOLDEN = Path(__file__).parent / "golden"
 INF = math.inf
@@ -360,3 +360,52 @@ class TestOrthograd:
             assert_all_close([p.grad for p in params], [golden[f"og{i}_{step}"] for i in range(3)])
             optimizer.step()
             assert_all_close([p.detach() for p in params], [golden[f"p{i}_{step + 1}"] for i in range(3)])
+
+
+KINDS = ["arctan", "arsinh", "erf"]
+
+
+class TestWeightCompander:
+    def test_by_hand(self) -> None:
+        v = torch.tensor([-3.0, 0.0, 3.0], dtype=torch.float64)
+        limits = {"arctan": 0.5 * math.pi / 4, "arsinh": 0.5 * math.log(1 + math.sqrt(2)), "erf": 0.5 * math.erf(1)}
+        slopes = {"arctan": 1 / 2, "arsinh": 1 / math.sqrt(2), "erf": 2 / math.sqrt(math.pi) / math.e}
+        for kind in KINDS:
+            w = weight_compander.weight_compander(v, 0.5, 3.0, kind)
+            torch.testing.assert_close(w, limits[kind] * torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64), **EXACT)
+            slope = weight_compander.slope(v, 0.5, 3.0, kind)[2].item()
+            assert slope == pytest.approx(slopes[kind] * 0.5 / 3, rel=1e-14)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("by_slice", [False, True])
+    def test_slope_is_the_derivative_and_the_inverse_inverts(self, kind, by_slice) -> None:
+        v = logits_of((4, 3, 2), scale=1.0).requires_grad_()
+        shape = (4,) if by_slice else ()
+        a, b = 0.5 + torch.rand(2, *shape, dtype=torch.float64)
+        w = weight_compander.weight_compander(v, a, -b, kind)
+        (derivative,) = torch.autograd.grad(w.sum(), v)
+        torch.testing.assert_close(weight_compander.slope(v, a, -b, kind), derivative, **EXACT)
+        torch.testing.assert_close(weight_compander.inverse(w, a, -b, kind), v, rtol=1e-10, atol=1e-10)
+        assert torch.autograd.gradcheck(lambda *x: weight_compander.weight_compander(*x, kind), (v, a, b))
+
+    def test_slices_have_their_own_constants(self) -> None:
+        v = logits_of((3, 4))
+        a, b = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([[1.0], [2.0], [-3.0]])
+        w = weight_compander.weight_compander(v, a, b)
+        for i in range(3):
+            torch.testing.assert_close(w[i], a[i].double() * torch.atan(v[i] / b[i].double()), **EXACT)
+
+    def test_a_step_on_w(self) -> None:
+        """SGD by the gradient of w, scaled back, is v - lr (dL/dw + 2 decay w) p."""
+        v, by_w = logits_of((5,)), logits_of((6,))[:5]
+        p = weight_compander.slope(v, 0.5, 2.0)
+        grad = by_w * p
+        weight_compander.to_weight_gradient_(grad, v, 0.5, 2.0, "arctan", decay=0.1)
+        w = weight_compander.weight_compander(v, 0.5, 2.0)
+        torch.testing.assert_close(grad, by_w + 0.2 * w, **EXACT)
+        stepped = v - 0.3 * grad
+        weight_compander.rescale_step_(stepped, v, 0.5, 2.0, "arctan")
+        torch.testing.assert_close(stepped, v - 0.3 * (by_w + 0.2 * w) * p, **EXACT)
+        by_v = by_w * p
+        weight_compander.to_weight_gradient_(by_v, v, 0.5, 2.0, "arctan", decay=0.1, decay_on="v")
+        torch.testing.assert_close(by_v * p, by_w * p + 0.2 * v, **EXACT)

@@ -3,6 +3,10 @@
 // One pass over all tensors, their chunks shared out by equal numbers of elements. Bytes moved: forward, 2 elements a
 // weight (read v, write w); gradient, 3 (read v and dL/dw, write dL/dv), with the sums for dL/da and dL/db kept in
 // double on the way. Arithmetic in float for float, bfloat16 and float16, in double for double.
+//
+// Plain stores: memory that is fresh from the kernel has just been zeroed and lies in cache. 25 million floats forward
+// into fresh memory took 33 ms with plain stores and 44 with stores past the cache (2 cores, other work beside); into
+// used memory 24 and 17, but then whoever uses the weights next would miss them in cache.
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "weight_compander/weight_compander.h"

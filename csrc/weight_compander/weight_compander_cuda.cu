@@ -148,8 +148,10 @@ __device__ __forceinline__ CompanderSums run_part(const Table& table, const Comp
                          lanes, step);
 }
 
+// Two blocks a multiprocessor are enough loads in flight; left alone, ptxas spills a register here and there for a
+// third.
 template <CompanderKind kind, CompanderPass pass, bool is_double>
-__global__ void __launch_bounds__(kThreads) run_chunks(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, 2) run_chunks(const __grid_constant__ Table table) {
   const int chunk = blockIdx.x;
   const CompanderTensor& tensor = tensor_of(table, chunk);
   const int parts_per_chunk = tensor.parts_per_chunk(), parts = tensor.parts();
