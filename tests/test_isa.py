@@ -24,9 +24,15 @@ def test_kernels_of_lower_instruction_sets(isa: str) -> None:
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert chosen.stdout.strip() == expected
-    files = ["tests/test_stablemax.py", "tests/test_orthograd.py", "tests/test_scale_rows.py"]
+    files = [
+        "tests/test_stablemax.py",
+        "tests/test_orthograd.py",
+        "tests/test_scale_rows.py",
+        "tests/test_weight_compander.py",
+    ]
     selection = (
         "reference or dominant or masked or spread or against_torch or parallel or overflow or largest or strides"
+        " or whole_range or infinite or bits_of"
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--backend=cpu", "-k", selection, *files],

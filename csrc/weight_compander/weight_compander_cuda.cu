@@ -26,6 +26,10 @@ constexpr int kTableTensors = 360;
 
 // ---- one pass over the elements ----
 
+// Packs of each tensor that a thread loads before it uses the first. More would cost registers, and with them other
+// warps, whose loads are in flight meanwhile.
+constexpr int kPacks = 2;
+
 struct Table {
   CompanderTensor tensors[kTableTensors];  // first_chunk counts the chunks of this table
   CompanderSums* partial_sums;
@@ -77,29 +81,30 @@ struct Step {
   }
 };
 
-// A part in packs of 16 bytes where all its tensors reach a 16-byte boundary at the same element, then one by one;
-// shared out among `lanes` threads of which this is number `lane`. Returns sum g f(u) and sum g u f'(u) of its
-// elements.
+// A part in packs of 16 bytes where all its tensors reach a 16-byte boundary at the same element, then one by one, as
+// all of a float64 part: a pack of two would not fit into the registers beside what its functions need. Shared out
+// among `lanes` threads of which this is number `lane`. Returns sum g f(u) and sum g u f'(u) of its elements.
 template <CompanderPass pass, typename Storage, typename StepOfPass>
 __device__ __forceinline__ CompanderSums walk_part(const Storage* v, const Storage* g, Storage* out, int size, int lane,
                                                    int lanes, const StepOfPass& step) {
   using A = Accumulate<Storage>;
   constexpr bool kHasPartner = pass != CompanderPass::forward;
+  constexpr bool kByPacks = sizeof(Storage) < sizeof(double);
   constexpr int kSize = Pack<Storage>::kSize;
   const auto distance = [v](const Storage* p) {
     return reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(v);
   };
-  const bool alike = (!kHasPartner || distance(g) % 16 == 0) && (out == nullptr || distance(out) % 16 == 0);
+  const bool alike = kByPacks && (!kHasPartner || distance(g) % 16 == 0) && (out == nullptr || distance(out) % 16 == 0);
   const RowParts<Storage> row(v, size);
   const int head = alike ? static_cast<int>(row.head) : size, packs = alike ? static_cast<int>(row.packs) : 0;
   CompanderSums total{};
   const auto add = [&total](const Sums<A, 2>& sums) {
     if constexpr (pass == CompanderPass::gradient_and_sums) total = total + CompanderSums{sums[0], sums[1]};
   };
-  for (int first = lane; first < packs; first += kPacksInFlight * lanes) {
-    Pack<Storage> v_packs[kPacksInFlight], g_packs[kPacksInFlight];
+  for (int first = lane; kByPacks && first < packs; first += kPacks * lanes) {
+    Pack<Storage> v_packs[kPacks], g_packs[kPacks];
 #pragma unroll
-    for (int u = 0; u < kPacksInFlight; ++u) {
+    for (int u = 0; u < kPacks; ++u) {
       const int pack = first + u * lanes;
       if (pack < packs) {
         v_packs[u] = load_pack(v + head + pack * kSize);
@@ -107,7 +112,7 @@ __device__ __forceinline__ CompanderSums walk_part(const Storage* v, const Stora
       }
     }
 #pragma unroll
-    for (int u = 0; u < kPacksInFlight; ++u) {
+    for (int u = 0; u < kPacks; ++u) {
       const int pack = first + u * lanes;
       if (pack >= packs) break;
       Sums<A, 2> sums{};

@@ -7,8 +7,8 @@ Kernels: ``csrc/weight_compander``. Definition, and path of devices without a ke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,19 +47,19 @@ def weight_compander(v: Tensor, a: Constant, b: Constant, kind: str = "arctan") 
         kind: ``"arctan"``, ``"arsinh"`` or ``"erf"``.
 
     Returns:
-        w, of v's shape and dtype, its elements in the order of v's memory where that is dense. Autocast changes nothing:
-        weights keep their dtype, and the layer that uses them casts. Computed in float32, in float64 for float64.
+        w, of v's shape and dtype, its elements in the order of v's in memory where those lie densely. Autocast changes
+        nothing: weights keep their dtype, and the layer that uses them casts. Computed in float32, float64 in float64.
 
     Gradient:
-        With g = dL/dw: ``dv = g Psi'(v)``, ``da = sum g f(u)``, ``db = -(a / b) sum g u f'(u)``, to any order. The first
-        order is one fused pass, with the sums kept in float64, the same bits on every run; nothing but v, a and b is
-        saved. Under ``create_graph`` and in ``torch.func`` they are plain expressions.
+        With g = dL/dw: ``dv = g Psi'(v)``, ``da = sum g f(u)``, ``db = -(a / b) sum g u f'(u)``, to any order. The
+        first order is one fused pass, with the sums kept in float64, the same bits on every run; nothing but v, a and b
+        is saved. Under ``create_graph`` and in ``torch.func`` they are plain expressions.
 
     Raises:
         TypeError: v, a or b is of another type or dtype.
-        ValueError: a or b is 0, not finite, of a wrong shape or on another device than v; the kind is unknown. Values in
-            CUDA tensors are looked at only with ``PYREG_CHECKS=1`` in the environment, which waits for the GPU; without
-            it a zero or a NaN makes the result 0, infinite or NaN as the formula does.
+        ValueError: a or b is 0, not finite, of a wrong shape or on another device than v; the kind is unknown. Values
+            in CUDA tensors are looked at only with ``PYREG_CHECKS=1`` in the environment, which waits for the GPU;
+            without it a zero or a NaN makes the result 0, infinite or NaN as the formula does.
 
     Source: Cakaj et al., "Weight Compander: A Simple Weight Reparameterization for Regularization", arXiv 2306.16993.
 
@@ -71,9 +71,7 @@ def weight_compander(v: Tensor, a: Constant, b: Constant, kind: str = "arctan") 
     return _companders("weight_compander", (v,), (a,), (b,), kind)[0]
 
 
-def weight_compander_inverse(
-    w: Tensor, a: Constant, b: Constant, kind: str = "arctan", clamp: bool = False
-) -> Tensor:
+def weight_compander_inverse(w: Tensor, a: Constant, b: Constant, kind: str = "arctan", clamp: bool = False) -> Tensor:
     r"""The ``v`` that :func:`weight_compander` maps to ``w``: how companded weights are initialised.
 
     .. code-block:: text
@@ -106,11 +104,11 @@ def weight_compander_inverse(
     """
     name = "weight_compander_inverse"
     _check_kind(name, kind)
-    _check_tensor(name, "w", w)
+    _check_tensor(name, w, "w")
     for what, constant in (("a", a), ("b", b)):
-        _check_constant(name, what, constant, w, "w")
+        _check_constant(name, constant, w, what, "w")
         if isinstance(constant, Tensor):
-            _check_values(name, what, constant)
+            _check_values(name, constant, what)
     x, a64, b64 = reference.computed(w, a, b, torch.float64)
     ratio = x / a64
     # The largest number of w's dtype that v may be, in units of b; v is to be finite in that dtype.
@@ -152,26 +150,25 @@ def to_weight_gradients_(
 
         grad <- (grad + 2 decay w p) / p = grad / p + 2 decay w     or     (grad + 2 decay v) / p,   p = Psi'(v)
 
-    the second terms being the gradients of ``decay sum w^2`` and ``decay sum v^2``. Where p underflows to 0 the quotient
-    counts as 0: v does not move there, and the optimizer's moments stay finite. The largest finite numbers of the dtype
-    bound the result. A gradient that is not finite stays as it is.
+    the second terms being the gradients of ``decay sum w^2`` and ``decay sum v^2``. Where p underflows to 0 the
+    quotient counts as 0: v does not move there, and the optimizer's moments stay finite. The largest finite numbers of
+    the dtype bound the result. A gradient that is not finite stays as it is.
     """
     name = "to_weight_gradients_"
     code = _check_kind(name, kind)
-    _check_lists(name, vs, grads=grads, a=a, b=b)
+    _check_lists(name, vs, a, b, grads=grads)
     if decay_on not in ("w", "v"):
         raise ValueError(f"{name}: expected decay_on to be 'w' or 'v', got {decay_on!r}")
     if not math.isfinite(decay):
         raise ValueError(f"{name}: expected a finite decay, got {decay}")
     decays = (decay, 0.0) if decay_on == "w" else (0.0, decay)
     for of_device in _by_device(vs):
-        some_grads, some_vs, some_a, some_b = ([list_[i] for i in of_device] for list_ in (grads, vs, a, b))
-        constants = _collect(name, some_vs, some_a, some_b)
-        if _library.has_kernel(some_vs[0]):
-            _to_weight_gradients(some_grads, some_vs, *constants, code, *decays)
+        if _library.has_kernel(vs[of_device[0]]):
+            constants = _collect(_pick(a, of_device), _pick(b, of_device))
+            _to_weight_gradients(_pick(grads, of_device), _pick(vs, of_device), *constants, code, *decays)
         else:
-            for one in zip(some_grads, some_vs, some_a, some_b, strict=True):
-                reference.to_weight_gradient_(*one, kind, decay, decay_on)
+            for i in of_device:
+                reference.to_weight_gradient_(grads[i], vs[i], a[i], b[i], kind, decay, decay_on)
 
 
 @torch.no_grad()
@@ -185,15 +182,14 @@ def rescale_steps_(
     """``v <- old + (v - old) Psi'(old)`` in place: steps that were taken as if v were w become steps of v."""
     name = "rescale_steps_"
     code = _check_kind(name, kind)
-    _check_lists(name, vs, old_vs=old_vs, a=a, b=b)
+    _check_lists(name, vs, a, b, old_vs=old_vs)
     for of_device in _by_device(vs):
-        some_vs, some_old, some_a, some_b = ([list_[i] for i in of_device] for list_ in (vs, old_vs, a, b))
-        constants = _collect(name, some_vs, some_a, some_b)
-        if _library.has_kernel(some_vs[0]):
-            _rescale_steps(some_vs, some_old, *constants, code)
+        if _library.has_kernel(vs[of_device[0]]):
+            constants = _collect(_pick(a, of_device), _pick(b, of_device))
+            _rescale_steps(_pick(vs, of_device), _pick(old_vs, of_device), *constants, code)
         else:
-            for one in zip(some_vs, some_old, some_a, some_b, strict=True):
-                reference.rescale_step_(*one, kind)
+            for i in of_device:
+                reference.rescale_step_(vs[i], old_vs[i], a[i], b[i], kind)
 
 
 # ---- argument checks ----
@@ -206,51 +202,79 @@ def _check_kind(operator: str, kind: str) -> int:
         raise ValueError(f"{operator}: expected kind to be 'arctan', 'arsinh' or 'erf', got {kind!r}") from None
 
 
-def _check_tensor(operator: str, name: str, tensor: Any) -> None:
+def _check_lists(
+    operator: str, vs: Sequence[Tensor], a: Sequence[Constant], b: Sequence[Constant], **others: Sequence[Tensor]
+) -> None:
+    for name, list_ in {"a": a, "b": b, **others}.items():
+        if len(list_) != len(vs):
+            raise ValueError(f"{operator}: expected {name} of one item a tensor, {len(vs)}, got {len(list_)}")
+    for i, v in enumerate(vs):
+        _check_tensor(operator, v, "vs", i)
+        _check_constant(operator, a[i], v, "a", "vs", i)
+        _check_constant(operator, b[i], v, "b", "vs", i)
+    if _library.checks_values():
+        for name, list_ in (("a", a), ("b", b)):
+            for i, constant in enumerate(list_):
+                if isinstance(constant, Tensor) and constant.is_cuda:
+                    _check_values(operator, constant, name, i)
+
+
+def _item(operator: str, name: str, i: int) -> str:
+    """How an error names one of a list of arguments, or the one that the operator has."""
+    if operator in ("weight_compander", "weight_compander_inverse"):
+        return name.removesuffix("s")
+    return f"{name}[{i}]"
+
+
+def _check_tensor(operator: str, tensor: Any, name: str, i: int = 0) -> None:
+    if isinstance(tensor, Tensor) and tensor.dtype in _library.FLOAT_DTYPES and tensor.layout == torch.strided:
+        return
+    name = _item(operator, name, i)
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{operator}: expected {name} to be dense, got layout {tensor.layout}; use {name}.to_dense()")
-    if tensor.dtype not in _library.FLOAT_DTYPES:
-        raise TypeError(
-            f"{operator}: expected {name} to be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
-            f"convert it with {name}.float()"
-        )
+    raise TypeError(
+        f"{operator}: expected {name} to be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
+        f"convert it with {name}.float()"
+    )
 
 
-def _check_constant(operator: str, name: str, constant: Any, v: Tensor, of: str) -> None:
-    """a or b of one tensor: type, shape, device, and the value of a number."""
+def _check_constant(operator: str, constant: Any, v: Tensor, name: str, of: str, i: int = 0) -> None:
+    """``name``, a or b, of one tensor ``of``: type, shape, device, and the value of a number."""
     if not isinstance(constant, Tensor):
+        name = _item(operator, name, i)
         if isinstance(constant, bool) or not isinstance(constant, (int, float, torch.SymFloat)):
             raise TypeError(f"{operator}: expected {name} to be a number or a tensor, got {type(constant).__name__}")
-        if constant == 0 or not math.isfinite(constant):
+        if constant == 0 or not -math.inf < constant < math.inf:
             raise ValueError(
                 f"{operator}: expected {name} to be finite and not 0, got {constant}; w = a f(v / b) needs both a and b"
             )
         return
-    if constant.dtype not in _library.FLOAT_DTYPES:
-        _check_tensor(operator, name, constant)
+    _check_tensor(operator, constant, name, i)
+    count = constant.numel()
+    fits = count == 1 or (v.dim() > 0 and constant.dim() > 0 and count == constant.shape[0] == v.shape[0])
+    if fits and constant.device == v.device:
+        return
+    name, of = _item(operator, name, i), _item(operator, of, i)
     if constant.device != v.device:
         raise ValueError(
             f"{operator}: expected {name} on the device {v.device} of {of}, got {constant.device}; "
             f"move it with {name}.to({of}.device)"
         )
-    shape = constant.shape
-    if math.prod(shape) == 1 or (v.dim() > 0 and shape[:1] == v.shape[:1] and math.prod(shape[1:]) == 1):
-        return
-    expected = f", [{v.shape[0]}] or [{v.shape[0]}, 1, ..., 1]" if v.dim() > 0 else ""
+    by_slice = f", [{v.shape[0]}] or [{v.shape[0]}, 1, ..., 1]" if v.dim() > 0 else ""
     raise ValueError(
-        f"{operator}: expected {name} to hold one value, or one for each slice of dimension 0: shape []{expected} for "
-        f"{of} of shape {list(v.shape)}, got {list(shape)}"
+        f"{operator}: expected {name} to hold one value, or one for each slice of dimension 0: shape []{by_slice} for "
+        f"{of} of shape {list(v.shape)}, got {list(constant.shape)}"
     )
 
 
-def _check_values(operator: str, name: str, constant: Tensor) -> None:
+def _check_values(operator: str, constant: Tensor, name: str, i: int = 0) -> None:
     wrong = constant[(constant == 0) | ~constant.isfinite()]
     if wrong.numel() > 0:
         raise ValueError(
-            f"{operator}: expected {name} to be finite and not 0, got {wrong[0].item()}; w = a f(v / b) needs both a "
-            f"and b"
+            f"{operator}: expected {_item(operator, name, i)} to be finite and not 0, got {wrong[0].item()}; "
+            "w = a f(v / b) needs both a and b"
         )
 
 
@@ -290,39 +314,23 @@ class _Constants(NamedTuple):
         return self.tensors[place] if place >= 0 else self.numbers[-1 - place]
 
 
-def _collect(operator: str, vs: Sequence[Tensor], a: Sequence[Constant], b: Sequence[Constant]) -> _Constants:
+def _collect(a: Sequence[Constant], b: Sequence[Constant]) -> _Constants:
     constants = _Constants([], [], [], [])
     known: dict[object, int] = {}
-    for name, list_, places in (("a", a, constants.a), ("b", b, constants.b)):
-        for i, (constant, v) in enumerate(zip(list_, vs, strict=True)):
-            _check_constant(operator, _item(operator, name, i), constant, v, _item(operator, "vs", i))
+    for list_, places in ((a, constants.a), (b, constants.b)):
+        for constant in list_:
             key: object = (id(constant),) if isinstance(constant, Tensor) else constant
             place = known.get(key)
             if place is None:
                 if isinstance(constant, Tensor):
                     constants.tensors.append(constant)
                     place = len(constants.tensors) - 1
-                    if constant.is_cuda and _library.checks_values():
-                        _check_values(operator, _item(operator, name, i), constant)
                 else:
                     constants.numbers.append(float(constant))
                     place = -len(constants.numbers)
                 known[key] = place
             places.append(place)
     return constants
-
-
-def _item(operator: str, list_: str, i: int) -> str:
-    """How an error names an argument: one of a list, or the one that the operator has."""
-    return list_.removesuffix("s") if operator == "weight_compander" else f"{list_}[{i}]"
-
-
-def _check_lists(operator: str, vs: Sequence[Tensor], **others: Sequence[Any]) -> None:
-    for name, list_ in others.items():
-        if len(list_) != len(vs):
-            raise ValueError(f"{operator}: expected {name} of one item a tensor, {len(vs)}, got {len(list_)}")
-    for i, v in enumerate(vs):
-        _check_tensor(operator, _item(operator, "vs", i), v)
 
 
 def _by_device(vs: Sequence[Tensor]) -> Iterable[list[int]]:
@@ -333,20 +341,26 @@ def _by_device(vs: Sequence[Tensor]) -> Iterable[list[int]]:
     return positions.values()
 
 
+T = TypeVar("T")
+
+
+def _pick(list_: Sequence[T], positions: list[int]) -> list[T]:
+    return [list_[i] for i in positions]
+
+
 def _companders(
     operator: str, vs: Sequence[Tensor], a: Sequence[Constant], b: Sequence[Constant], kind: str
 ) -> list[Tensor]:
     code = _check_kind(operator, kind)
-    _check_lists(operator, vs, a=a, b=b)
+    _check_lists(operator, vs, a, b)
     ws: dict[int, Tensor] = {}
     for of_device in _by_device(vs):
-        some_vs, some_a, some_b = ([list_[i] for i in of_device] for list_ in (vs, a, b))
-        constants = _collect(operator, some_vs, some_a, some_b)
-        if not _library.has_kernel(some_vs[0]) or torch._C._are_functorch_transforms_active():
-            some_ws = [reference.weight_compander(*one, kind) for one in zip(some_vs, some_a, some_b, strict=True)]
+        if _library.has_kernel(vs[of_device[0]]) and not torch._C._are_functorch_transforms_active():
+            constants = _collect(_pick(a, of_device), _pick(b, of_device))
+            ws.update(zip(of_device, _call(_pick(vs, of_device), constants, code), strict=True))
         else:
-            some_ws = _call(some_vs, constants, code)
-        ws.update(zip(of_device, some_ws, strict=True))
+            for i in of_device:
+                ws[i] = reference.weight_compander(vs[i], a[i], b[i], kind)
     return [ws[i] for i in range(len(vs))]
 
 
@@ -398,21 +412,22 @@ def _gradients(
 ) -> list[Tensor | None]:
     """The gradients of vs and of the constants that are tensors, None where `needs_grad` says so or no w has one."""
     results: list[Tensor | None] = [None] * len(needs_grad)
-    used = [i for i, grad in enumerate(grads) if grad is not None]
-    if not used:
+    by_w = {i: grad for i, grad in enumerate(grads) if grad is not None}
+    if not by_w:
         return results
-    if torch.is_grad_enabled() or _library.is_batched(grads[used[0]]):
-        for i in used:
-            _add_gradients(results, grads[i], vs, i, constants, KINDS[kind], needs_grad)
+    if torch.is_grad_enabled() or any(map(_library.is_batched, by_w.values())):
+        for i, grad in by_w.items():
+            _add_gradients(results, grad, vs, i, constants, KINDS[kind], needs_grad)
         return results
-    a, b = ([places[i] for i in used] for places in (constants.a, constants.b))
+    used = list(by_w)
+    a, b = _pick(constants.a, used), _pick(constants.b, used)
     in_use, count = {*a, *b}, len(vs)
     wanted = {i: needs_grad[i] for i in used}
     wanted |= {count + c: needs_grad[count + c] and c in in_use for c in range(len(constants.tensors))}
     fused = iter(
         _backward(
-            [grads[i] for i in used],
-            [vs[i] for i in used],
+            list(by_w.values()),
+            _pick(vs, used),
             constants.tensors,
             constants.numbers,
             a,
