@@ -35,17 +35,17 @@ class JointResult:
     versions: tuple[int, ...]
     forward: FrameType | None  # the call in which it is good; None: it is part of a compiled graph
 
-    def is_good_for(self, *sources: Tensor) -> bool:
+    def is_good_for(self, v: Tensor, a: Tensor, b: Tensor) -> bool:
         """Whether ``w`` is what the sources would give now, for any use that autograd may make of it."""
-        if any(now is not then for now, then in zip(sources, self.sources, strict=True)):
+        if v is not self.sources[0] or a is not self.sources[1] or b is not self.sources[2]:
             return False  # torch.func.functional_call with other parameters inside of the forward
-        if torch.is_grad_enabled() and not self.w.requires_grad and any(source.requires_grad for source in sources):
+        if torch.is_grad_enabled() and not self.w.requires_grad and _require_grad(self.sources):
             return False  # computed under no_grad, used under enable_grad
         if torch.compiler.is_compiling():
             return self.forward is None
         if self.w.is_inference() and not torch.is_inference_mode_enabled():
             return False
-        return _versions(sources) == self.versions and _is_running(self.forward)
+        return _versions(self.sources) == self.versions and _is_running(self.forward)
 
 
 class CompandedWeight(WeightCompander):
@@ -54,8 +54,9 @@ class CompandedWeight(WeightCompander):
     joint: JointResult | None = None
 
     def forward(self, v: Tensor) -> Tensor:
-        if self.joint is not None and self.joint.is_good_for(v, self.a, self.b):
-            return self.joint.w
+        joint = self.joint  # another thread may take it away
+        if joint is not None and joint.is_good_for(v, self.a, self.b):
+            return joint.w
         return _companded([(v, self.a, self.b)], self.kind)[0]
 
 
@@ -63,7 +64,8 @@ class JointPass:
     """The forward pre-hook and the forward hook of a companded model."""
 
     def __init__(self, weights: Sequence[ParametrizationList]) -> None:
-        self.weights = list(weights)  # tied ones once
+        companders: list[CompandedWeight] = [weight[0] for weight in weights]  # type: ignore[misc]
+        self.weights = list(zip(weights, companders, strict=True))
 
     def add_to(self, model: torch.nn.Module) -> None:
         model.register_forward_pre_hook(self.begin)
@@ -86,10 +88,9 @@ class JointPass:
         trained: list[CompandedWeight] = []
         frozen: list[CompandedWeight] = []
         sources: dict[CompandedWeight, Sources] = {}
-        for weight in self.weights:
-            compander: CompandedWeight = weight[0]  # type: ignore[assignment]
+        for weight, compander in self.weights:
             sources[compander] = of = (weight.original, compander.a, compander.b)
-            (trained if any(source.requires_grad for source in of) else frozen).append(compander)
+            (trained if _require_grad(of) else frozen).append(compander)
         # Apart: of one node in the graph all results require a gradient, those of frozen weights too.
         for companders in (trained, frozen):
             if companders:
@@ -101,12 +102,12 @@ class JointPass:
     def end(self, model: torch.nn.Module, args: Any, output: Any) -> None:
         if self._is_inner(None if torch.compiler.is_compiling() else sys._getframe(1)):
             return
-        for weight in self.weights:
-            weight[0].joint = None  # type: ignore[assignment]
+        for _, compander in self.weights:
+            compander.joint = None
 
     def _is_inner(self, call: FrameType | None) -> bool:
         """Whether the model is calling itself: another call of it has left results and still runs."""
-        joint: JointResult | None = self.weights[0][0].joint  # type: ignore[assignment]
+        joint = self.weights[0][1].joint
         return call is not None and joint is not None and joint.forward is not call and _is_running(joint.forward)
 
 
@@ -140,6 +141,10 @@ def _same_version(packed: tuple[Tensor, int]) -> Tensor:
             f"{list(saved.shape)} is at version {saved._version}, expected {version}; update parameters after backward"
         )
     return saved
+
+
+def _require_grad(sources: Sources) -> bool:
+    return any(source.requires_grad for source in sources)
 
 
 def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:

@@ -66,9 +66,10 @@ def compand(
     hold ``v`` from now on; train them with :class:`pyreg.optim.CompandedOptimizer` or with any optimizer, and call
     :func:`decompand` when done: at inference nothing is left to pay.
 
-    All weights are computed in one pass when the forward of ``model`` begins, with the parameters of that moment, and
-    all gradients in one pass at the end of the backward. A layer that is called alone, or a weight that is read outside
-    of the model's forward, is computed by itself.
+    All weights are computed in one pass when the forward of ``model`` begins, with the parameters of that moment. A
+    layer that is called alone, or a weight that is read outside of the model's forward, is computed by itself. All
+    gradients are formed in one pass at the end of the backward: until then those by ``w`` are held, a copy of the
+    weights more, and ``DistributedDataParallel`` has nothing of them to reduce.
 
     Args:
         model: the module whose calls train it; inside of ``DistributedDataParallel`` or ``torch.compile``, not the
@@ -86,7 +87,7 @@ def compand(
         clamp: brings weights beyond the range of ``Psi`` to its border, where they would be an error; these change.
 
     Tied weights (one parameter in several modules) are companded once wherever they are used, and stay tied: if one of
-    their modules takes part, and none is excluded.
+    their modules takes part, and none is excluded. Modules outside of ``model`` are not seen, so compand the whole.
 
     Returns:
         :class:`Companding`: the companded weights and learned constants.
@@ -230,6 +231,7 @@ def _parametrize(weights: list[Weight], companders: list[CompandedWeight], vs: l
                 done[-1].append((module, attribute))
                 parametrization = parametrization_of(module, attribute)
                 parametrization[0] = compander
+                parametrization.train(module.training)
                 parametrization.parameter_order = orders[module]  # type: ignore[assignment]
     except BaseException:
         for weight, places, w in zip(weights, done, before, strict=False):
