@@ -474,6 +474,23 @@ def test_decompand_of_a_copy_leaves_the_original(device: torch.device) -> None:
     assert torch.equal(model(data), before)
 
 
+def test_companding_a_copy_leaves_the_original(device: torch.device) -> None:
+    """torch gives a copy of a layer with a parametrized bias the very class of the layer."""
+    model = nn.Sequential(nn.Linear(3, 2)).to(device)
+    parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    data = torch.randn(4, 3, device=device)
+    before = model(data)
+    twin = copy.deepcopy(model)
+    pyreg.compand(twin)
+    assert isinstance(model[0].weight, nn.Parameter)
+    assert torch.equal(model(data), before)
+    assert relative_error(twin(data), before) <= 16 * ROUNDOFF[torch.float32]
+    pyreg.decompand(twin)
+    assert isinstance(twin[0].weight, nn.Parameter)
+    assert parametrize.is_parametrized(twin[0], "bias")
+    assert relative_error(twin(data), before) <= 16 * ROUNDOFF[torch.float32]
+
+
 def test_decompand_of_a_part(device: torch.device) -> None:
     model, data = make("language_model", device)
     pyreg.compand(model, **reach(model))
@@ -711,8 +728,8 @@ def test_threads(device: torch.device) -> None:
     assert model.layer.parametrizations.weight.original.grad is not None
 
 
-def test_replicas_of_data_parallel(device: torch.device) -> None:
-    """A replica shares the hooks of the model it was made of; its parameters are tensors of its own."""
+def test_replicas_of_data_parallel(device: torch.device, passes: list[int]) -> None:
+    """A replica shares the hooks of the model it was made of; its parameters are its own, computed singly."""
     model, data = Recursive().to(device), torch.randn(2, 3, device=device)
     pyreg.compand(model)
     replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
@@ -725,7 +742,10 @@ def test_replicas_of_data_parallel(device: torch.device) -> None:
     with torch.no_grad():
         for param in twin.parameters():
             param.mul_(2)
-    assert torch.equal(replicas[model](data), twin(data))
+    expected = twin(data)
+    passes.clear()
+    assert torch.equal(replicas[model](data), expected)
+    assert passes == [1] * 8
 
 
 # ---- checkpoints of activations ----
