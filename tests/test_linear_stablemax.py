@@ -536,6 +536,15 @@ def test_export(device: torch.device) -> None:
     torch.testing.assert_close(exported.module()(x, y), loss(x, y))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_meta_tensors(dtype: torch.dtype) -> None:
+    (x, weight, bias), target = operands((20, 4, 5), dtype, torch.device("meta"))
+    loss = fused(x, weight, bias, target=target)
+    assert (loss.shape, loss.dtype, loss.is_meta) == ((), dtype, True)
+    loss.backward()
+    assert [tensor.grad.shape for tensor in (x, weight, bias)] == [(20, 4), (5, 4), (5,)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(device: torch.device, dtype: torch.dtype) -> None:
     """The products are made of 16-bit operands; loss and gradients are float32."""

@@ -180,7 +180,7 @@ def _check_tensors(
 
 
 def _is_autocast(input: Tensor) -> bool:
-    return torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    return input.dtype != torch.float64 and _library.is_autocast(input)
 
 
 def _compute_dtype(input: Tensor, smoothing: float) -> torch.dtype:

@@ -149,7 +149,7 @@ def stablemax_cross_entropy_(
 
 
 def _autocast_dtype(input: Tensor) -> torch.dtype:
-    if input.dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+    if input.dtype.itemsize == 2 and _library.is_autocast(input):
         return torch.float32
     return input.dtype
 
