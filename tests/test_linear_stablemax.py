@@ -383,6 +383,29 @@ def test_gradients_of_a_batch_of_upstream_gradients(device: torch.device) -> Non
         torch.testing.assert_close(many, scales.view(-1, *[1] * one.dim()) * one)
 
 
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_parameters_made_of_one_tensor(device: torch.device, order: str) -> None:
+    """A tied embedding, whose input and bias come from the weight: each way to it counts once."""
+    (_, embedding), target = operands((20, 4, 7), torch.float64, device, bias=False)
+    tokens = torch.randint(7, (20,), device=device)
+
+    def loss(head: Callable[..., Tensor], weight: Tensor) -> Tensor:
+        return head(weight[tokens] * weight[0], weight, weight[:, 0], target=target)
+
+    expected, actual, functional = (
+        torch.autograd.grad(loss(plain, embedding), embedding, create_graph=True)[0],
+        torch.autograd.grad(loss(fused, embedding), embedding, create_graph=True)[0],
+        torch.func.grad(lambda weight: loss(fused, weight))(embedding.detach()),
+    )
+    if order == "first":
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(functional, expected)
+    else:
+        torch.testing.assert_close(
+            *(torch.autograd.grad(gradient.square().sum(), embedding) for gradient in (actual, expected))
+        )
+
+
 def test_input_changed_between_forward_and_backward_is_an_error(device: torch.device) -> None:
     tensors, target = operands((10, 3, 4), torch.float32, device)
     input = tensors[0] * 1
@@ -577,6 +600,20 @@ def test_functional_transforms(device: torch.device) -> None:
     each = torch.vmap(torch.func.grad(row_loss, argnums=2), in_dims=(0, 0, None, None))
     samples = each(plain_tensors[0], target, *plain_tensors[1:])
     torch.testing.assert_close(samples.sum(0), actual[1])
+
+
+def test_pullbacks(device: torch.device) -> None:
+    """vjp calls the backward pass where its transform has ended; jacrev maps over it."""
+    tensors, target = operands((20, 4, 5), torch.float64, device)
+    heads = tuple(tensor.detach() for tensor in tensors)
+    _, pullback = torch.func.vjp(lambda *head: fused(*head, target=target), *heads)
+    expected = value_and_gradients(fused, tensors, target=target)[1:]  # whose cotangent is 1/2
+    torch.testing.assert_close(pullback(torch.tensor(0.5, dtype=torch.float64, device=device)), tuple(expected))
+    rows, expected_rows = (
+        torch.func.jacrev(lambda *head, f=f: f(*head, target=target, reduction="none"), argnums=(0, 1, 2))(*heads)
+        for f in (fused, plain)
+    )
+    torch.testing.assert_close(rows, expected_rows)
 
 
 def test_module(device: torch.device) -> None:

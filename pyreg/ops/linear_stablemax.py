@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyreg.ops import _classes, _library
 from pyreg.ops.scale_rows import scale_rows_
-from pyreg.ops.stablemax import stablemax_cross_entropy
+from pyreg.ops.stablemax import gradient_expression, stablemax_cross_entropy
 from pyreg.reference import linear_stablemax as reference
 
 _NAME = "linear_stablemax_cross_entropy"
@@ -487,7 +487,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     input, linear_weight, target, linear_bias, weight, total_weight, *gradients = ctx.saved_tensors
     parameters = (input, linear_weight, linear_bias)
     if torch.is_grad_enabled():
-        return _differentiable_backward(ctx, grad_loss, parameters, target, weight)
+        return _differentiable_backward(ctx, grad_loss, parameters, target, weight, total_weight)
     factor = grad_loss.to(total_weight.dtype)
     problem = _Problem(input, linear_weight, target, linear_bias, weight, ctx.ignore_index, ctx.smoothing, ctx.compute)
     divides_in_forward = problem.divides_in_forward(ctx.reduction)
@@ -529,22 +529,32 @@ def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool)
 
 
 def _differentiable_backward(
-    ctx: Any, grad_loss: Tensor, parameters: tuple[Tensor | None, ...], target: Tensor, weight: Tensor | None
+    ctx: Any,
+    grad_loss: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor | None],
+    target: Tensor,
+    weight: Tensor | None,
+    total_weight: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """For create_graph: the gradient of the plain composition, which autograd can follow further."""
+    """For create_graph: expressions of the whole logits, which autograd can follow further."""
+    input, linear_weight, bias = parameters
+    scale = grad_loss.to(total_weight.dtype)
+    if ctx.reduction != 2:
+        scale = scale.unsqueeze(1) if ctx.reduction == 0 else scale / total_weight
+    result: list[Tensor | None] = [None] * 11
     with torch.autocast(target.device.type, enabled=False):
-        operands = [None if tensor is None else tensor.to(ctx.compute) for tensor in parameters]
-        logits = torch.nn.functional.linear(*operands)  # type: ignore[arg-type]
-        reduction = ("none", "mean", "sum")[ctx.reduction]
-        loss = stablemax_cross_entropy(logits, target, weight, ctx.ignore_index, reduction, ctx.smoothing)
-        wanted = {
-            index: tensor
-            for index, tensor in zip(_PARAMETERS, parameters, strict=True)
-            if tensor is not None and ctx.needs_input_grad[index]
-        }
-        gradients = torch.autograd.grad(loss, tuple(wanted.values()), grad_loss.to(loss.dtype), create_graph=True)
-    found = dict(zip(wanted, gradients, strict=True))
-    return tuple(found.get(index) for index in range(11))
+        x, head = input.to(ctx.compute), linear_weight.to(ctx.compute)
+        logits = torch.nn.functional.linear(x, head, None if bias is None else bias.to(ctx.compute))
+        gradient = gradient_expression(
+            scale, logits.to(scale.dtype), target, weight, ctx.ignore_index, ctx.smoothing
+        ).to(ctx.compute)
+        if ctx.needs_input_grad[0]:
+            result[0] = (gradient @ head).to(input.dtype)
+        if ctx.needs_input_grad[1]:
+            result[1] = (gradient.t() @ x).to(linear_weight.dtype)
+        if bias is not None and ctx.needs_input_grad[3]:
+            result[3] = gradient.sum(0).to(bias.dtype)
+    return tuple(result)
 
 
 _differentiable = _library.differentiable(_NAME, setup_context=_setup_context, backward=_backward)
