@@ -430,6 +430,21 @@ def test_float16_gradients_wait_for_the_loss_scale(device: torch.device) -> None
         assert error < 4 * ROUNDOFF[torch.float16]
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_float16_gradient_of_a_dominant_target_waits_for_the_loss_scale(device: torch.device, reduction: str) -> None:
+    """One logit of 10^4: its gradient is 4e-8, below the smallest float16, and times the loss scale 7e-4."""
+    size, classes, scale = 1e4, 5, 2.0**14
+    x = torch.tensor([[size, 1.0]], dtype=torch.float16, device=device, requires_grad=True)
+    weight = torch.zeros((classes, 2), dtype=torch.float16, device=device)
+    weight[2, 0] = 1
+    loss = linear_stablemax_cross_entropy(x, weight, torch.tensor([2], device=device), reduction=reduction)
+    (scale * loss.float()).sum().backward()
+    assert x.grad is not None
+    rest = classes - 1
+    expected = -scale * rest / ((rest + 1 + size) * (1 + size))
+    assert x.grad[0, 0].item() == pytest.approx(expected, rel=2 * ROUNDOFF[torch.float16], abs=0)
+
+
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_same_bits_on_every_run(device: torch.device, dtype: torch.dtype) -> None:
     tensors, target = operands((300, 32, 200), dtype, device)

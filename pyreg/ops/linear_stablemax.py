@@ -248,11 +248,17 @@ class _Problem(NamedTuple):
     def divides_in_forward(self, reduction: int) -> bool:
         """Whether the gradients that the forward pass forms are those of the mean, or of the sum.
 
-        A float16 gradient of a mean would be below the smallest number before the upstream gradient, the loss scale,
-        lifts it; and of 16-bit operands, only the tiles' can be multiplied by a number without being rounded anew.
+        Of 16-bit operands, only the tiles' can be multiplied by a number without being rounded anew; in float16 the
+        result would be below the smallest number.
         """
         exact = self.compute.itemsize > 2 or (self.is_tiled and self.compute == torch.bfloat16)
-        return reduction == 1 and exact and self.input.dtype != torch.float16
+        return reduction == 1 and exact
+
+    @property
+    def input_total(self) -> torch.dtype:
+        """The dtype of the input's gradient until its upstream gradient is known: in float16 that is the loss scale,
+        which lifts it above the smallest number."""
+        return self.total if self.input.dtype == torch.float16 else self.input.dtype
 
     @property
     def weight_total(self) -> torch.dtype:
@@ -277,7 +283,7 @@ class _Gradients:
     def __init__(self, problem: _Problem, needs_grad: list[bool]) -> None:
         input, linear_weight = problem.input, problem.linear_weight
         self.needs_input, self.needs_weight, self.needs_bias = needs_grad
-        self.input = _library.empty(input.shape if self.needs_input else (0,), input.dtype, input)
+        self.input = _library.empty(input.shape if self.needs_input else (0,), problem.input_total, input)
         shape = linear_weight.shape if self.needs_weight else (0,)
         self.weight = _library.empty(shape, problem.weight_total, input)
         self.bias = input.new_zeros(linear_weight.shape[:1] if self.needs_bias else (0,), dtype=problem.total)
