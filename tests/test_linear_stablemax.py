@@ -212,6 +212,22 @@ def test_all_rows_ignored(device: torch.device, reduction: str) -> None:
     assert all((gradient == 0).all() for gradient in gradients)
 
 
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mean_over_rows_without_weight(device: torch.device, smoothing: float, dtype: torch.dtype) -> None:
+    """Rows that count, of classes of weight 0: the mean divides by 0, and its gradients do too, as in torch."""
+    tensors, target = operands((40, 4, 5), dtype, device)
+    target[target != -100] = 3
+    weight = torch.ones(5, device=device)
+    weight[3] = 0
+    loss, *gradients = value_and_gradients(fused, tensors, target=target, weight=weight, label_smoothing=smoothing)
+    assert not loss.isfinite()
+    counts = target != -100
+    assert not gradients[0][counts].isfinite().any()
+    assert not any(gradient.isfinite().any() for gradient in gradients[1:])
+
+
 def test_ignored_rows_take_no_part_whatever_their_upstream_gradient(device: torch.device) -> None:
     tensors, target = operands((10, 4, 5), torch.float32, device)
     upstream = torch.ones(10, device=device)

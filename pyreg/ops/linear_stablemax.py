@@ -395,9 +395,10 @@ def _total_weight(target: Tensor, weight: Tensor | None, ignore_index: int, dtyp
     return (weight[target.clamp(0, weight.shape[0] - 1)] * counts).sum().to(dtype)
 
 
-def _shares(total_weight: Tensor, target: Tensor) -> Tensor:
-    """What each row's loss adds to the mean; where no row counts all gradients are 0 and so may this be anything."""
-    return (1 / total_weight.where(total_weight != 0, 1)).expand(target.shape)
+def _share(total_weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """By what the mean's gradients differ from the sum's. Where no row counts these are 0, and stay so; where the
+    weights of rows that count add up to 0 the mean is not finite, and its gradients neither."""
+    return 1 / total_weight.where((target != ignore_index).any(), 1)
 
 
 # ---- the operators ----
@@ -425,7 +426,8 @@ def _forward(
     total_weight = _total_weight(target, weight, ignore_index, problem.total)
     needs_grad = _formed_in_forward(reduction, needs_grad)
     gradients = _Gradients(problem, needs_grad)
-    upstream = _shares(total_weight, target) if problem.divides_in_forward(reduction) else None
+    divides = problem.divides_in_forward(reduction)
+    upstream = _share(total_weight, target, ignore_index).expand(target.shape) if divides else None
     _run(problem, losses, gradients if any(needs_grad) else None, upstream)
     loss = losses if reduction == 0 else losses.sum()
     if reduction == 1:
@@ -498,7 +500,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     problem = _Problem(input, linear_weight, target, linear_bias, weight, ctx.ignore_index, ctx.smoothing, ctx.compute)
     divides_in_forward = problem.divides_in_forward(ctx.reduction)
     if ctx.reduction == 1 and not divides_in_forward:
-        factor = factor * _shares(total_weight, factor)
+        factor = factor * _share(total_weight, target, ctx.ignore_index)
     in_place = ctx.once and not _library.is_batched(grad_loss)
     if ctx.once:
         gradients = ctx.gradients
@@ -509,7 +511,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         # One upstream gradient for all rows is multiplied in afterwards, so that this result has the other's bits.
         rows = factor
         if ctx.reduction != 0:
-            rows = _shares(total_weight if divides_in_forward else torch.ones_like(total_weight), target)
+            share = _share(total_weight, target, ctx.ignore_index)
+            rows = (share if divides_in_forward else torch.ones_like(share)).expand(target.shape)
         gradients = _recompute(
             *(rows, input, linear_weight, target, linear_bias, weight),
             *(ctx.ignore_index, ctx.smoothing, ctx.compute, wanted),
