@@ -551,6 +551,25 @@ def test_memory_is_a_tenth_of_the_logits(device: torch.device) -> None:
     assert peak - gradients <= 0.1 * 4 * rows * classes
 
 
+@pytest.mark.large
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_memory_of_a_16_bit_head(device: torch.device, reduction: str) -> None:
+    """Besides that tenth the weight's gradient in float32, once."""
+    rows, hidden, classes = 2048, 256, 16384
+    (x, weight), _ = operands((rows, hidden, classes), torch.bfloat16, device, bias=False)
+    target = torch.randint(classes, (rows,), device=device)
+
+    def step() -> object:
+        return torch.autograd.grad(fused(x, weight, target=target, reduction=reduction).sum(), (x, weight))
+
+    step()
+    gc.collect()
+    peak = peak_extra_bytes(step, device.type, 0)
+    gradients = x.nbytes + weight.nbytes
+    assert peak - gradients <= 0.1 * 4 * rows * classes + 4 * weight.numel()
+
+
 # ---- a citizen of torch ----
 
 

@@ -44,8 +44,9 @@ def linear_stablemax_cross_entropy(
         L = -sum_j q_j log stablemax(z)_j;   for a class index y:  log1p(R / s(z_y)),  R = sum_{k != y} s(z_k)
 
     The logits ``[N, C]`` exist for some hundred rows at a time: beside the gradients, the memory needed is a tenth of
-    theirs. Where a gradient is needed it is formed together with the loss, in three matrix products: evaluate under
-    :class:`torch.no_grad` to pay for one.
+    theirs; 16-bit weights, whose gradient is summed in float32, need that sum and, where products are made in another
+    dtype, a copy besides. Where a gradient is needed it is formed together with the loss, in three matrix products:
+    evaluate under :class:`torch.no_grad` to pay for one.
 
     Args:
         input: ``[H]``, ``[N, H]`` or ``[..., H]``; float64, float32, bfloat16 or float16.
@@ -529,9 +530,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
     """``gradient * factor``, one factor for all or one a row, rounded once."""
-    if in_place and gradient.dtype == dtype:
+    if in_place:
         scale_rows_(gradient, factor)
-        return gradient
+        return gradient.to(dtype)
     if factor.dim() > 0:
         factor = factor.view(-1, *[1] * (gradient.dim() - 1))
     return (gradient * factor).to(dtype)
