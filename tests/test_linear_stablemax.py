@@ -212,6 +212,22 @@ def test_all_rows_ignored(device: torch.device, reduction: str) -> None:
     assert all((gradient == 0).all() for gradient in gradients)
 
 
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mean_over_rows_without_weight(device: torch.device, smoothing: float, dtype: torch.dtype) -> None:
+    """Rows that count, of classes of weight 0: the mean divides by 0, and its gradients do too, as in torch."""
+    tensors, target = operands((40, 4, 5), dtype, device)
+    target[target != -100] = 3
+    weight = torch.ones(5, device=device)
+    weight[3] = 0
+    loss, *gradients = value_and_gradients(fused, tensors, target=target, weight=weight, label_smoothing=smoothing)
+    assert not loss.isfinite()
+    counts = target != -100
+    assert not gradients[0][counts].isfinite().any()
+    assert not any(gradient.isfinite().any() for gradient in gradients[1:])
+
+
 def test_ignored_rows_take_no_part_whatever_their_upstream_gradient(device: torch.device) -> None:
     tensors, target = operands((10, 4, 5), torch.float32, device)
     upstream = torch.ones(10, device=device)
@@ -383,6 +399,29 @@ def test_gradients_of_a_batch_of_upstream_gradients(device: torch.device) -> Non
         torch.testing.assert_close(many, scales.view(-1, *[1] * one.dim()) * one)
 
 
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_parameters_made_of_one_tensor(device: torch.device, order: str) -> None:
+    """A tied embedding, whose input and bias come from the weight: each way to it counts once."""
+    (_, embedding), target = operands((20, 4, 7), torch.float64, device, bias=False)
+    tokens = torch.randint(7, (20,), device=device)
+
+    def loss(head: Callable[..., Tensor], weight: Tensor) -> Tensor:
+        return head(weight[tokens] * weight[0], weight, weight[:, 0], target=target)
+
+    expected, actual, functional = (
+        torch.autograd.grad(loss(plain, embedding), embedding, create_graph=True)[0],
+        torch.autograd.grad(loss(fused, embedding), embedding, create_graph=True)[0],
+        torch.func.grad(lambda weight: loss(fused, weight))(embedding.detach()),
+    )
+    if order == "first":
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(functional, expected)
+    else:
+        torch.testing.assert_close(
+            *(torch.autograd.grad(gradient.square().sum(), embedding) for gradient in (actual, expected))
+        )
+
+
 def test_input_changed_between_forward_and_backward_is_an_error(device: torch.device) -> None:
     tensors, target = operands((10, 3, 4), torch.float32, device)
     input = tensors[0] * 1
@@ -405,6 +444,21 @@ def test_float16_gradients_wait_for_the_loss_scale(device: torch.device) -> None
         assert tensor.grad is not None
         error = (tensor.grad.double() - expected).norm() / expected.norm()
         assert error < 4 * ROUNDOFF[torch.float16]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_float16_gradient_of_a_dominant_target_waits_for_the_loss_scale(device: torch.device, reduction: str) -> None:
+    """One logit of 10^4: its gradient is 4e-8, below the smallest float16, and times the loss scale 7e-4."""
+    size, classes, scale = 1e4, 5, 2.0**14
+    x = torch.tensor([[size, 1.0]], dtype=torch.float16, device=device, requires_grad=True)
+    weight = torch.zeros((classes, 2), dtype=torch.float16, device=device)
+    weight[2, 0] = 1
+    loss = linear_stablemax_cross_entropy(x, weight, torch.tensor([2], device=device), reduction=reduction)
+    (scale * loss.float()).sum().backward()
+    assert x.grad is not None
+    rest = classes - 1
+    expected = -scale * rest / ((rest + 1 + size) * (1 + size))
+    assert x.grad[0, 0].item() == pytest.approx(expected, rel=2 * ROUNDOFF[torch.float16], abs=0)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -497,6 +551,25 @@ def test_memory_is_a_tenth_of_the_logits(device: torch.device) -> None:
     assert peak - gradients <= 0.1 * 4 * rows * classes
 
 
+@pytest.mark.large
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_memory_of_a_16_bit_head(device: torch.device, reduction: str) -> None:
+    """Besides that tenth the weight's gradient in float32, once."""
+    rows, hidden, classes = 2048, 256, 16384
+    (x, weight), _ = operands((rows, hidden, classes), torch.bfloat16, device, bias=False)
+    target = torch.randint(classes, (rows,), device=device)
+
+    def step() -> object:
+        return torch.autograd.grad(fused(x, weight, target=target, reduction=reduction).sum(), (x, weight))
+
+    step()
+    gc.collect()
+    peak = peak_extra_bytes(step, device.type, 0)
+    gradients = x.nbytes + weight.nbytes
+    assert peak - gradients <= 0.1 * 4 * rows * classes + 4 * weight.numel()
+
+
 # ---- a citizen of torch ----
 
 
@@ -536,6 +609,15 @@ def test_export(device: torch.device) -> None:
     torch.testing.assert_close(exported.module()(x, y), loss(x, y))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_meta_tensors(dtype: torch.dtype) -> None:
+    (x, weight, bias), target = operands((20, 4, 5), dtype, torch.device("meta"))
+    loss = fused(x, weight, bias, target=target)
+    assert (loss.shape, loss.dtype, loss.is_meta) == ((), dtype, True)
+    loss.backward()
+    assert [tensor.grad.shape for tensor in (x, weight, bias)] == [(20, 4), (5, 4), (5,)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(device: torch.device, dtype: torch.dtype) -> None:
     """The products are made of 16-bit operands; loss and gradients are float32."""
@@ -568,6 +650,20 @@ def test_functional_transforms(device: torch.device) -> None:
     each = torch.vmap(torch.func.grad(row_loss, argnums=2), in_dims=(0, 0, None, None))
     samples = each(plain_tensors[0], target, *plain_tensors[1:])
     torch.testing.assert_close(samples.sum(0), actual[1])
+
+
+def test_pullbacks(device: torch.device) -> None:
+    """vjp calls the backward pass where its transform has ended; jacrev maps over it."""
+    tensors, target = operands((20, 4, 5), torch.float64, device)
+    heads = tuple(tensor.detach() for tensor in tensors)
+    _, pullback = torch.func.vjp(lambda *head: fused(*head, target=target), *heads)
+    expected = value_and_gradients(fused, tensors, target=target)[1:]  # whose cotangent is 1/2
+    torch.testing.assert_close(pullback(torch.tensor(0.5, dtype=torch.float64, device=device)), tuple(expected))
+    rows, expected_rows = (
+        torch.func.jacrev(lambda *head, f=f: f(*head, target=target, reduction="none"), argnums=(0, 1, 2))(*heads)
+        for f in (fused, plain)
+    )
+    torch.testing.assert_close(rows, expected_rows)
 
 
 def test_module(device: torch.device) -> None:

@@ -399,7 +399,7 @@ def test_every_combination_of_options(
 
 @pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize(
-    "shape", [(0, 5), (0, 5, 3), (2, 5, 0), (2, 5, 0, 4), (0, 5, 0, 2), (2, 0, 0), (0, 0)], ids=ids
+    "shape", [(0, 5), (0, 5, 3), (2, 5, 0), (2, 5, 0, 4), (0, 5, 0, 2), (2, 0, 0), (0, 0), (0, 0, 8)], ids=ids
 )
 def test_empty(device: torch.device, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, device=device, requires_grad=True)

@@ -305,6 +305,7 @@ template <typename Storage, typename Body>
 void for_each_block(const CrossEntropyArgs& args, Body&& body) {
   using A = Accumulate<Storage>;
   const RowLayout& layout = args.layout;
+  if (layout.rows() == 0) return;  // then there may be no class either
   // Narrower blocks where wide ones would leave threads without work; no row's result depends on the width.
   constexpr int64_t kFewBlocks = 8;
   int64_t width = kBlockVectors * kLanes<A>;

@@ -183,6 +183,11 @@ def is_batched(tensor: Tensor) -> bool:
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; meta tensors know none."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 def checks_values() -> bool:
     """Whether ``PYREG_CHECKS=1`` asks for checks that read whole tensors or wait for a GPU."""
     return os.environ.get("PYREG_CHECKS") == "1" and not torch.compiler.is_compiling()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyreg.ops import _classes, _library
 from pyreg.ops.scale_rows import scale_rows_
-from pyreg.ops.stablemax import stablemax_cross_entropy
+from pyreg.ops.stablemax import gradient_expression, stablemax_cross_entropy
 from pyreg.reference import linear_stablemax as reference
 
 _NAME = "linear_stablemax_cross_entropy"
@@ -44,8 +44,9 @@ def linear_stablemax_cross_entropy(
         L = -sum_j q_j log stablemax(z)_j;   for a class index y:  log1p(R / s(z_y)),  R = sum_{k != y} s(z_k)
 
     The logits ``[N, C]`` exist for some hundred rows at a time: beside the gradients, the memory needed is a tenth of
-    theirs. Where a gradient is needed it is formed together with the loss, in three matrix products: evaluate under
-    :class:`torch.no_grad` to pay for one.
+    theirs; 16-bit weights, whose gradient is summed in float32, need that sum and, where products are made in another
+    dtype, a copy besides. Where a gradient is needed it is formed together with the loss, in three matrix products:
+    evaluate under :class:`torch.no_grad` to pay for one.
 
     Args:
         input: ``[H]``, ``[N, H]`` or ``[..., H]``; float64, float32, bfloat16 or float16.
@@ -180,7 +181,7 @@ def _check_tensors(
 
 
 def _is_autocast(input: Tensor) -> bool:
-    return torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    return input.dtype != torch.float64 and _library.is_autocast(input)
 
 
 def _compute_dtype(input: Tensor, smoothing: float) -> torch.dtype:
@@ -248,11 +249,17 @@ class _Problem(NamedTuple):
     def divides_in_forward(self, reduction: int) -> bool:
         """Whether the gradients that the forward pass forms are those of the mean, or of the sum.
 
-        A float16 gradient of a mean would be below the smallest number before the upstream gradient, the loss scale,
-        lifts it; and of 16-bit operands, only the tiles' can be multiplied by a number without being rounded anew.
+        Of 16-bit operands, only the tiles' can be multiplied by a number without being rounded anew; in float16 the
+        result would be below the smallest number.
         """
         exact = self.compute.itemsize > 2 or (self.is_tiled and self.compute == torch.bfloat16)
-        return reduction == 1 and exact and self.input.dtype != torch.float16
+        return reduction == 1 and exact
+
+    @property
+    def input_total(self) -> torch.dtype:
+        """The dtype of the input's gradient until its upstream gradient is known: in float16 that is the loss scale,
+        which lifts it above the smallest number."""
+        return self.total if self.input.dtype == torch.float16 else self.input.dtype
 
     @property
     def weight_total(self) -> torch.dtype:
@@ -277,7 +284,7 @@ class _Gradients:
     def __init__(self, problem: _Problem, needs_grad: list[bool]) -> None:
         input, linear_weight = problem.input, problem.linear_weight
         self.needs_input, self.needs_weight, self.needs_bias = needs_grad
-        self.input = _library.empty(input.shape if self.needs_input else (0,), input.dtype, input)
+        self.input = _library.empty(input.shape if self.needs_input else (0,), problem.input_total, input)
         shape = linear_weight.shape if self.needs_weight else (0,)
         self.weight = _library.empty(shape, problem.weight_total, input)
         self.bias = input.new_zeros(linear_weight.shape[:1] if self.needs_bias else (0,), dtype=problem.total)
@@ -389,9 +396,10 @@ def _total_weight(target: Tensor, weight: Tensor | None, ignore_index: int, dtyp
     return (weight[target.clamp(0, weight.shape[0] - 1)] * counts).sum().to(dtype)
 
 
-def _shares(total_weight: Tensor, target: Tensor) -> Tensor:
-    """What each row's loss adds to the mean; where no row counts all gradients are 0 and so may this be anything."""
-    return (1 / total_weight.where(total_weight != 0, 1)).expand(target.shape)
+def _share(total_weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """By what the mean's gradients differ from the sum's. Where no row counts these are 0, and stay so; where the
+    weights of rows that count add up to 0 the mean is not finite, and its gradients neither."""
+    return 1 / total_weight.where((target != ignore_index).any(), 1)
 
 
 # ---- the operators ----
@@ -419,7 +427,8 @@ def _forward(
     total_weight = _total_weight(target, weight, ignore_index, problem.total)
     needs_grad = _formed_in_forward(reduction, needs_grad)
     gradients = _Gradients(problem, needs_grad)
-    upstream = _shares(total_weight, target) if problem.divides_in_forward(reduction) else None
+    divides = problem.divides_in_forward(reduction)
+    upstream = _share(total_weight, target, ignore_index).expand(target.shape) if divides else None
     _run(problem, losses, gradients if any(needs_grad) else None, upstream)
     loss = losses if reduction == 0 else losses.sum()
     if reduction == 1:
@@ -487,12 +496,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     input, linear_weight, target, linear_bias, weight, total_weight, *gradients = ctx.saved_tensors
     parameters = (input, linear_weight, linear_bias)
     if torch.is_grad_enabled():
-        return _differentiable_backward(ctx, grad_loss, parameters, target, weight)
+        return _differentiable_backward(ctx, grad_loss, parameters, target, weight, total_weight)
     factor = grad_loss.to(total_weight.dtype)
     problem = _Problem(input, linear_weight, target, linear_bias, weight, ctx.ignore_index, ctx.smoothing, ctx.compute)
     divides_in_forward = problem.divides_in_forward(ctx.reduction)
     if ctx.reduction == 1 and not divides_in_forward:
-        factor = factor * _shares(total_weight, factor)
+        factor = factor * _share(total_weight, target, ctx.ignore_index)
     in_place = ctx.once and not _library.is_batched(grad_loss)
     if ctx.once:
         gradients = ctx.gradients
@@ -503,7 +512,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         # One upstream gradient for all rows is multiplied in afterwards, so that this result has the other's bits.
         rows = factor
         if ctx.reduction != 0:
-            rows = _shares(total_weight if divides_in_forward else torch.ones_like(total_weight), target)
+            share = _share(total_weight, target, ctx.ignore_index)
+            rows = (share if divides_in_forward else torch.ones_like(share)).expand(target.shape)
         gradients = _recompute(
             *(rows, input, linear_weight, target, linear_bias, weight),
             *(ctx.ignore_index, ctx.smoothing, ctx.compute, wanted),
@@ -520,31 +530,41 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
 
 def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
     """``gradient * factor``, one factor for all or one a row, rounded once."""
-    if in_place and gradient.dtype == dtype:
+    if in_place:
         scale_rows_(gradient, factor)
-        return gradient
+        return gradient.to(dtype)
     if factor.dim() > 0:
         factor = factor.view(-1, *[1] * (gradient.dim() - 1))
     return (gradient * factor).to(dtype)
 
 
 def _differentiable_backward(
-    ctx: Any, grad_loss: Tensor, parameters: tuple[Tensor | None, ...], target: Tensor, weight: Tensor | None
+    ctx: Any,
+    grad_loss: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor | None],
+    target: Tensor,
+    weight: Tensor | None,
+    total_weight: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """For create_graph: the gradient of the plain composition, which autograd can follow further."""
+    """For create_graph: expressions of the whole logits, which autograd can follow further."""
+    input, linear_weight, bias = parameters
+    scale = grad_loss.to(total_weight.dtype)
+    if ctx.reduction != 2:
+        scale = scale.unsqueeze(1) if ctx.reduction == 0 else scale / total_weight
+    result: list[Tensor | None] = [None] * 11
     with torch.autocast(target.device.type, enabled=False):
-        operands = [None if tensor is None else tensor.to(ctx.compute) for tensor in parameters]
-        logits = torch.nn.functional.linear(*operands)  # type: ignore[arg-type]
-        reduction = ("none", "mean", "sum")[ctx.reduction]
-        loss = stablemax_cross_entropy(logits, target, weight, ctx.ignore_index, reduction, ctx.smoothing)
-        wanted = {
-            index: tensor
-            for index, tensor in zip(_PARAMETERS, parameters, strict=True)
-            if tensor is not None and ctx.needs_input_grad[index]
-        }
-        gradients = torch.autograd.grad(loss, tuple(wanted.values()), grad_loss.to(loss.dtype), create_graph=True)
-    found = dict(zip(wanted, gradients, strict=True))
-    return tuple(found.get(index) for index in range(11))
+        x, head = input.to(ctx.compute), linear_weight.to(ctx.compute)
+        logits = torch.nn.functional.linear(x, head, None if bias is None else bias.to(ctx.compute))
+        gradient = gradient_expression(
+            scale, logits.to(scale.dtype), target, weight, ctx.ignore_index, ctx.smoothing
+        ).to(ctx.compute)
+        if ctx.needs_input_grad[0]:
+            result[0] = (gradient @ head).to(input.dtype)
+        if ctx.needs_input_grad[1]:
+            result[1] = (gradient.t() @ x).to(linear_weight.dtype)
+        if bias is not None and ctx.needs_input_grad[3]:
+            result[3] = gradient.sum(0).to(bias.dtype)
+    return tuple(result)
 
 
 _differentiable = _library.differentiable(_NAME, setup_context=_setup_context, backward=_backward)

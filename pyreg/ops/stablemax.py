@@ -149,7 +149,7 @@ def stablemax_cross_entropy_(
 
 
 def _autocast_dtype(input: Tensor) -> torch.dtype:
-    if input.dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+    if input.dtype.itemsize == 2 and _library.is_autocast(input):
         return torch.float32
     return input.dtype
 
@@ -365,17 +365,23 @@ def _backward_cross_entropy(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple
         if reduction == 1:
             scale = scale / saved[-1]
         if needs_input:
-            counts = None if target.is_floating_point() else (target != ignore_index).unsqueeze(1)
-            if counts is not None:  # whatever an ignored row holds, its gradient is 0
-                x, target = x.where(counts, 0), target.where(counts.squeeze(1), 0)
-            q = _target_distribution(target, x, weight, smoothing)
-            gradient = scale * _slope(x) * (q.sum(1, keepdim=True) * stablemax(x, 1) - q)
-            if counts is not None:
-                gradient = gradient.where(counts, 0)
-            grads[0] = gradient.to(input.dtype)
+            grads[0] = gradient_expression(scale, x, target, weight, ignore_index, smoothing).to(input.dtype)
         if needs_target:
             grads[1] = _weighted((smoothing - 1) * scale * log_stablemax(x, 1), weight).to(target.dtype)
     return tuple(grads)
+
+
+def gradient_expression(
+    scale: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
+) -> Tensor:
+    """The gradient of logits ``[N, C, ...]`` by differentiable operators; ``scale`` is the upstream gradient of each
+    row's loss, ``[]`` or ``[N, 1, ...]``."""
+    counts = None if target.is_floating_point() else (target != ignore_index).unsqueeze(1)
+    if counts is not None:  # whatever an ignored row holds, its gradient is 0
+        logits, target = logits.where(counts, 0), target.where(counts.squeeze(1), 0)
+    q = _target_distribution(target, logits, weight, smoothing)
+    gradient = scale * _slope(logits) * (q.sum(1, keepdim=True) * stablemax(logits, 1) - q)
+    return gradient if counts is None else gradient.where(counts, 0)
 
 
 def _target_distribution(target: Tensor, input: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
