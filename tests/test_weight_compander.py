@@ -934,6 +934,12 @@ def test_tensors_of_several_devices() -> None:
     torch.testing.assert_close(ws[2], 0.5 * torch.atan(vs[2]))
 
 
+def test_more_slices_than_the_kernels_count_are_refused(device: torch.device) -> None:
+    a = torch.full((1,), 0.5, device=device).expand(2**31)
+    with pytest.raises(ValueError, match="expected an a or b of at most 2147483647 values, got 2147483648"):
+        weight_compander(torch.empty(2**31, 0, device=device), a, 1.0)
+
+
 def test_direct_calls_of_the_operator_are_checked(device: torch.device) -> None:
     operators = torch.ops.pyreg
     v = torch.ones(3, 2, device=device)
