@@ -32,20 +32,21 @@ class JointResult:
 
     w: Tensor
     sources: Sources
-    versions: tuple[int, ...]
+    trained: tuple[bool, ...]  # which of the sources w has a gradient for
+    state: tuple[tuple[int, int], ...]  # of w and the sources
     forward: FrameType | None  # the call in which it is good; None: it is part of a compiled graph
 
     def is_good_for(self, v: Tensor, a: Tensor, b: Tensor) -> bool:
         """Whether ``w`` is what the sources would give now, for any use that autograd may make of it."""
         if v is not self.sources[0] or a is not self.sources[1] or b is not self.sources[2]:
             return False  # torch.func.functional_call with other parameters inside of the forward
-        if torch.is_grad_enabled() and not self.w.requires_grad and _require_grad(self.sources):
-            return False  # computed under no_grad, used under enable_grad
+        if torch.is_grad_enabled() and _trained(self.sources) != self.trained:
+            return False  # computed under no_grad, used under enable_grad, or frozen or released in between
         if torch.compiler.is_compiling():
             return self.forward is None
         if self.w.is_inference() and not torch.is_inference_mode_enabled():
             return False
-        return _versions(self.sources) == self.versions and _is_running(self.forward)
+        return _state((self.w, *self.sources)) == self.state and _is_running(self.forward)
 
 
 class CompandedWeight(WeightCompander):
@@ -58,6 +59,10 @@ class CompandedWeight(WeightCompander):
         if joint is not None and joint.is_good_for(v, self.a, self.b):
             return joint.w
         return _companded([(v, self.a, self.b)], self.kind)[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy that is made within the forward has no share in it."""
+        return {**vars(self), "joint": None}
 
 
 class JointPass:
@@ -90,14 +95,15 @@ class JointPass:
         sources: dict[CompandedWeight, Sources] = {}
         for weight, compander in self.weights:
             sources[compander] = of = (weight.original, compander.a, compander.b)
-            (trained if _require_grad(of) else frozen).append(compander)
+            (trained if any(_trained(of)) else frozen).append(compander)
         # Apart: of one node in the graph all results require a gradient, those of frozen weights too.
         for companders in (trained, frozen):
             if companders:
                 ws = _companded([sources[compander] for compander in companders], companders[0].kind)
                 for compander, w in zip(companders, ws, strict=True):
                     of = sources[compander]
-                    compander.joint = JointResult(w, of, () if compiling else _versions(of), forward)
+                    state = () if compiling else _state((w, *of))
+                    compander.joint = JointResult(w, of, _trained(of), state, forward)
 
     def end(self, model: torch.nn.Module, args: Any, output: Any) -> None:
         if self._is_inner(None if torch.compiler.is_compiling() else sys._getframe(1)):
@@ -143,12 +149,20 @@ def _same_version(packed: tuple[Tensor, int]) -> Tensor:
     return saved
 
 
-def _require_grad(sources: Sources) -> bool:
-    return any(source.requires_grad for source in sources)
+def _trained(sources: Sources) -> tuple[bool, ...]:
+    return tuple(torch.is_grad_enabled() and source.requires_grad for source in sources)
 
 
-def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+def _state(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """What tells whether tensors have changed: versions count changes in place, ``tensor.data = ...`` moves memory."""
+    return tuple((0 if tensor.is_inference() else tensor._version, _address(tensor)) for tensor in tensors)
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # torch.func's wrappers and fake tensors have no memory
+        return 0
 
 
 def _is_running(call: FrameType | None) -> bool:

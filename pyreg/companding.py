@@ -67,7 +67,9 @@ def compand(
     :func:`decompand` when done: at inference nothing is left to pay.
 
     All weights are computed in one pass when the forward of ``model`` begins, with the parameters of that moment. A
-    layer that is called alone, or a weight that is read outside of the model's forward, is computed by itself. All
+    layer that is called alone, or a weight that is read outside of the model's forward, is computed by itself; so is a
+    weight whose parameters the forward itself replaces, changes, freezes or releases, but for changes that nothing
+    tells of: in place through ``.data``, or under ``torch.compile``. All
     gradients are formed in one pass at the end of the backward: until then those by ``w`` are held, a copy of the
     weights more, and ``DistributedDataParallel`` has nothing of them to reduce.
 
@@ -95,8 +97,9 @@ def compand(
     Raises:
         TypeError: something else than such arguments; weights of other dtypes than float64, float32, bfloat16, float16.
         ValueError: values out of what is said above; a weight beyond the range of ``Psi``; a weight that is companded
-            already or has another parametrization; a lazy layer that has seen no data; embeddings with ``sparse=True``
-            or ``max_norm``; nothing to compand; an ``exclude`` that fits nothing. The model is left as it was.
+            already or has another parametrization; a lazy layer that has seen no data; a meta tensor; embeddings with
+            ``sparse=True`` or ``max_norm``; nothing to compand; an ``exclude`` that fits nothing. The model is left as
+            it was.
 
     Pickling (``torch.save(model)``) is refused, as for every parametrized module: save ``model.state_dict()`` and load
     it into a model companded alike, or :func:`decompand` first. ``copy.deepcopy`` works.
@@ -208,6 +211,11 @@ def _companders(
 
 @torch.no_grad()
 def _inverse(weight: Weight, compander: CompandedWeight) -> Tensor:
+    if weight.param.is_meta:
+        raise ValueError(
+            f"compand: expected {weight.name} to hold values, got a tensor on the meta device; initialize the model on "
+            "a device first"
+        )
     try:
         return compander.right_inverse(weight.param)
     except ValueError as error:

@@ -620,12 +620,62 @@ def test_weights_changed_within(device: torch.device) -> None:
     def assigned(layer: nn.Module) -> None:
         layer.weight = torch.zeros(3, 3, device=device)
 
-    for within in (in_place, constant, assigned):
+    def replaced(layer: nn.Module) -> None:
+        """A moving average of weights, as a momentum encoder keeps it."""
+        for param in layer.parameters():
+            param.data = param.data * 0.5 + 0.1
+
+    def the_weight_itself(layer: nn.Module) -> None:
+        with torch.no_grad():
+            layer.weight.zero_()
+
+    for within in (in_place, constant, assigned, replaced, the_weight_itself):
         model = reading(within, device)
         x = torch.randn(2, 3, device=device)
         output = model(x)
         expected = F.linear(x.double(), fresh(model.layer), model.layer.bias.double())
         assert relative_error(output, expected) <= 16 * ROUNDOFF[torch.float32], within
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_weights_frozen_and_released_within(device: torch.device, learnable: bool) -> None:
+    """A generator's loss and a discriminator's in one forward; the truth is each layer by itself."""
+
+    class Adversaries(nn.Module):
+        def __init__(self, frozen_first: bool) -> None:
+            super().__init__()
+            self.generator, self.critic = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.frozen_first = frozen_first
+
+        def forward(self, x: Tensor) -> Tensor:
+            v = self.critic.parametrizations.weight.original
+            fake = self.generator(x)
+            v.requires_grad_(not self.frozen_first)
+            first = self.critic(fake)
+            v.requires_grad_(self.frozen_first)
+            second = self.critic(fake.detach())
+            v.requires_grad_(True)
+            return first - 2 * second
+
+    data = torch.randn(4, 3, device=device, dtype=torch.float64)
+    for frozen_first in (False, True):
+        model = Adversaries(frozen_first).to(device, torch.float64)
+        pyreg.compand(model, learnable=learnable)
+        alone = copy.deepcopy(model)
+        _companded_weight.JointPass.remove_from(alone)
+        for network in (model, alone):  # as the forward finds it where the other pass was frozen
+            network.critic.parametrizations.weight.original.requires_grad_(frozen_first)
+        assert_close(gradients(model, data), gradients(alone, data), 1e-12)
+
+
+def test_a_copy_made_within(device: torch.device) -> None:
+    """As of a target network that is made in the first forward."""
+    model = reading(lambda layer: copy.deepcopy(layer), device)
+    model(torch.randn(2, 3, device=device))
+    with torch.no_grad():
+        model.layer.parametrizations.weight.original.mul_(2)
+    assert relative_error(model.seen.weight, fresh(model.seen)) <= 4 * ROUNDOFF[torch.float32]
+    assert relative_error(fresh(model.seen), fresh(model.layer)) > 0.1
 
 
 def test_other_parameters_within(device: torch.device) -> None:
@@ -1120,6 +1170,7 @@ BAD = {
     "tied to parametrized": (tied_to_spectral, {}, ValueError, r"parameter that it is tied to has one"),
     "computed": (weight_norm, {}, ValueError, r"expected 1\.weight to be a parameter, got one that is computed"),
     "lazy": (lazy, {}, ValueError, r"expected 1\.weight to be initialized, got a lazy parameter; call the model once"),
+    "meta": (two_devices, {}, ValueError, r"expected 1\.weight to hold values, got a tensor on the meta device; init"),
     "complex": (complex_weights, {}, TypeError, r"1\.weight to be float64, float32, .* got torch\.complex64"),
     "two devices": (two_devices, {"per": "model"}, ValueError, "one device for per='model', got cpu and meta; use"),
     "sparse embedding": (embedding(sparse=True), {"embeddings": True}, ValueError, r"1\.weight .* got sparse=True"),

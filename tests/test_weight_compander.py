@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from pyreg.functional import weight_compander, weight_compander_inverse
@@ -310,15 +311,15 @@ def test_zeros_keep_their_sign(device: torch.device, kind: str) -> None:
 def test_empty(device: torch.device, shape: Shape) -> None:
     v = torch.empty(shape, device=device).requires_grad_()
     for constant_shape in ((), shape[:1]):
-        if constant_shape == (0,):
-            continue
         a, b = (x.requires_grad_() for x in constants(constant_shape, torch.float32, device))
         w = weight_compander(v, a, b)
-        dv, da, db = torch.autograd.grad(w, (v, a, b), torch.empty(shape, device=device))
-        assert w.shape == dv.shape == shape
-        assert da.shape == db.shape == constant_shape
-        assert not da.any()
-        assert not db.any()
+        for create_graph in (False, True):
+            upstream = torch.empty(shape, device=device)
+            dv, da, db = torch.autograd.grad(w, (v, a, b), upstream, retain_graph=True, create_graph=create_graph)
+            assert w.shape == dv.shape == shape
+            assert da.shape == db.shape == constant_shape
+            assert not da.any()
+            assert not db.any()
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -419,6 +420,21 @@ def test_a_model_has_the_bits_of_its_tensors_alone(device: torch.device, kind: s
     for gradient, single, leaf in zip(together, one_by_one, leaves, strict=True):
         assert gradient.dtype == leaf.dtype
         assert torch.equal(gradient, single)
+
+
+def test_shared_constants_are_rounded_once_under_create_graph(device: torch.device) -> None:
+    """What two weights give to a bfloat16 constant cancels but for a 1000th, which a sum in bfloat16 loses."""
+    v = values((1000,), torch.float32, device)
+    vs = [v.clone().requires_grad_(), v.clone().requires_grad_()]
+    a = torch.tensor(0.5, device=device, dtype=torch.bfloat16, requires_grad=True)
+    grads = [v.clone(), -0.999 * v]
+    first, graph = (
+        torch.autograd.grad(weight_companders(vs, [a, a], [1.0, 1.0]), a, grads, create_graph=create_graph)[0]
+        for create_graph in (False, True)
+    )
+    truth = 0.001 * (v.double() * v.double().atan()).sum()
+    assert relative_error(first, truth) <= 2 * ROUNDOFF[torch.bfloat16]
+    assert relative_error(graph, truth) <= 2 * ROUNDOFF[torch.bfloat16]
 
 
 @pytest.mark.parametrize("shape", [(), (9,)], ids=ids)
@@ -721,6 +737,24 @@ def test_torch_func(device: torch.device, kind: str) -> None:
     assert relative_error(directional, reference.slope(vs[0], a[0], b[0], kind)) <= 1e-13
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode(device: torch.device, kind: str, requires_grad: bool) -> None:
+    """Dual numbers outside of torch.func, under no_grad too; the truth is the reverse mode's gradients."""
+    primals = values((5, 4), torch.float64, device), *constants((5,), torch.float64, device)
+    leaves = [x.clone().requires_grad_() for x in primals]
+    tangents = [torch.randn_like(x) for x in primals]
+    jacobian = torch.autograd.functional.jacobian(lambda *x: weight_compander(*x, kind), tuple(leaves))
+    expected = sum(torch.tensordot(j, t, t.dim()) for j, t in zip(jacobian, tangents, strict=True))
+    with forward_ad.dual_level(), torch.set_grad_enabled(requires_grad):
+        duals = [
+            forward_ad.make_dual(x, t) for x, t in zip(leaves if requires_grad else primals, tangents, strict=True)
+        ]
+        tangent = forward_ad.unpack_dual(weight_compander(*duals, kind)).tangent
+    assert tangent is not None
+    assert relative_error(tangent, expected) <= 1e-13
+
+
 def test_batched_upstream_gradients(device: torch.device) -> None:
     v, a, b = (
         x.requires_grad_() for x in (values((4, 3), torch.float64, device), *constants((4,), torch.float64, device))
@@ -898,6 +932,12 @@ def test_tensors_of_several_devices() -> None:
     ws = weight_companders(vs, [0.5] * 3, [1.0] * 3)
     assert [(w.shape[0], w.device.type) for w in ws] == [(3, "cpu"), (4, "meta"), (2, "cpu")]
     torch.testing.assert_close(ws[2], 0.5 * torch.atan(vs[2]))
+
+
+def test_more_slices_than_the_kernels_count_are_refused(device: torch.device) -> None:
+    a = torch.full((1,), 0.5, device=device).expand(2**31)
+    with pytest.raises(ValueError, match="expected an a or b of at most 2147483647 values, got 2147483648"):
+        weight_compander(torch.empty(2**31, 0, device=device), a, 1.0)
 
 
 def test_direct_calls_of_the_operator_are_checked(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 // the CPU and once for CUDA.
 #include <cfloat>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <string>
 #include <utility>
@@ -36,7 +37,11 @@ class Table {
                   vs.size(), " tensors, got ", constants_.a.size(), " and ", constants_.b.size());
     PYREG_REQUIRE(kind >= 0 && kind <= 2, name, "expected kind 0 (arctan), 1 (arsinh) or 2 (erf), got ", kind);
     args_.kind = static_cast<CompanderKind>(kind);
-    for (Tensor& tensor : constants_.tensors) tensor = as_contiguous(tensor);
+    for (Tensor& tensor : constants_.tensors) {
+      PYREG_REQUIRE(tensor.numel() <= INT32_MAX, name, "expected an a or b of at most ", INT32_MAX, " values, got ",
+                    tensor.numel());
+      tensor = as_contiguous(tensor);
+    }
     rows_.reserve(vs.size());
   }
 
@@ -116,6 +121,9 @@ class Table {
     entry.first_part = static_cast<int32_t>(parts_);
     chunks_ += entry.chunks();
     parts_ += entry.parts();
+    PYREG_REQUIRE(parts_ <= INT32_MAX, name_, "expected at most ", INT32_MAX,
+                  " slices in all tensors with an a or b "
+                  "for each slice of dimension 0, got more; call the operator with fewer tensors");
     rows_.push_back(entry);
   }
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyreg.ops import _library
 from pyreg.reference import weight_compander as reference
@@ -53,7 +54,7 @@ def weight_compander(v: Tensor, a: Constant, b: Constant, kind: str = "arctan") 
     Gradient:
         With g = dL/dw: ``dv = g Psi'(v)``, ``da = sum g f(u)``, ``db = -(a / b) sum g u f'(u)``, to any order. The
         first order is one fused pass, with the sums kept in float64, the same bits on every run; nothing but v, a and b
-        is saved. Under ``create_graph`` and in ``torch.func`` they are plain expressions.
+        is saved. Under ``create_graph``, in ``torch.func`` and in forward mode they are plain expressions.
 
     Raises:
         TypeError: v, a or b is of another type or dtype.
@@ -355,13 +356,18 @@ def _companders(
     _check_lists(operator, vs, a, b)
     ws: dict[int, Tensor] = {}
     for of_device in _by_device(vs):
-        if _library.has_kernel(vs[of_device[0]]) and not torch._C._are_functorch_transforms_active():
+        if _library.has_kernel(vs[of_device[0]]) and not _is_transformed():
             constants = _collect(_pick(a, of_device), _pick(b, of_device))
             ws.update(zip(of_device, _call(_pick(vs, of_device), constants, code), strict=True))
         else:
             for i in of_device:
                 ws[i] = reference.weight_compander(vs[i], a[i], b[i], kind)
     return [ws[i] for i in range(len(vs))]
+
+
+def _is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation is at work, which the kernels know nothing of."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _call(vs: list[Tensor], constants: _Constants, kind: int) -> Sequence[Tensor]:
@@ -418,7 +424,8 @@ def _gradients(
     if torch.is_grad_enabled() or any(map(_library.is_batched, by_w.values())):
         for i, grad in by_w.items():
             _add_gradients(results, grad, vs, i, constants, KINDS[kind], needs_grad)
-        return results
+        tensors = (*vs, *constants.tensors)
+        return [result if result is None else result.to(of.dtype) for result, of in zip(results, tensors, strict=True)]
     used = list(by_w)
     a, b = _pick(constants.a, used), _pick(constants.b, used)
     in_use, count = {*a, *b}, len(vs)
@@ -451,19 +458,21 @@ def _add_gradients(
     kind: str,
     needs_grad: Sequence[bool],
 ) -> None:
-    """What w[i] adds to the gradients, as expressions of differentiable functions: for create_graph."""
+    """What w[i] adds to the gradients, as expressions of differentiable functions: for create_graph. In the dtypes that
+    are computed in, so that a constant's gradient is rounded once."""
     place_a, place_b = constants.a[i], constants.b[i]
     x, a, b = reference.computed(vs[i], constants.at(place_a), constants.at(place_b))
     u, g = x / b, grad.to(x.dtype)
     by_v = g * (a / b) * reference.DERIVATIVE[kind](u)
     if needs_grad[i]:
-        results[i] = by_v.to(vs[i].dtype)
+        results[i] = by_v
     for place, elements in ((place_a, g * reference.FUNCTION[kind](u)), (place_b, -by_v * u)):
         if place < 0 or not needs_grad[len(vs) + place]:
             continue
         constant, known = constants.tensors[place], results[len(vs) + place]
-        total = elements.sum() if constant.numel() == 1 else elements.reshape(constant.numel(), -1).sum(1)
-        total = total.reshape(constant.shape).to(constant.dtype)
+        rows = constant.numel()
+        total = elements.sum() if rows == 1 else elements.sum_to_size(rows, *[1] * (elements.dim() - 1))
+        total = total.reshape(constant.shape)
         results[len(vs) + place] = total if known is None else known + total
 
 
