@@ -14,6 +14,20 @@ def check_smoothing(operator: str, label_smoothing: float) -> float:
     return float(label_smoothing) if label_smoothing > 0.0 else 0.0  # torch reads a negative value as none
 
 
+def check_label_dtype(operator: str, target: Tensor) -> None:
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"{operator}: expected class indices of dtype int64, got {target.dtype}; use target.long()")
+
+
+def check_nothing_ignored(operator: str, ignore_index: int) -> None:
+    """Of a target that holds probabilities."""
+    if ignore_index >= 0:
+        raise ValueError(
+            f"{operator}: ignore_index is for class indices; target holds probabilities, got ignore_index = "
+            f"{ignore_index}. Give the rows to leave out a target of zeros"
+        )
+
+
 def check_labels(operator: str, target: Tensor, classes: int, ignore_index: int) -> None:
     """An error where a class index is out of range; on a GPU it waits for the result."""
     invalid = target[(target != ignore_index) & ((target < 0) | (target >= classes))]

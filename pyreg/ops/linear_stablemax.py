@@ -163,11 +163,7 @@ def _check_tensors(
     if linear_bias is not None and linear_bias.shape != (classes,):
         raise ValueError(f"{_NAME}: expected linear_bias of shape [C] = [{classes}], got {list(linear_bias.shape)}")
     if target.shape == (*input.shape[:-1], classes) and target.is_floating_point():
-        if ignore_index >= 0:
-            raise ValueError(
-                f"{_NAME}: ignore_index is for class indices; target holds probabilities, got ignore_index = "
-                f"{ignore_index}. Give the rows to leave out a target of zeros"
-            )
+        _classes.check_nothing_ignored(_NAME, ignore_index)
         return False
     if target.shape != input.shape[:-1]:
         raise ValueError(
@@ -175,8 +171,7 @@ def _check_tensors(
             f"{[*input.shape[:-1], classes]} (probabilities) for input [..., H] = {list(input.shape)}, got "
             f"{list(target.shape)}"
         )
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise TypeError(f"{_NAME}: expected class indices of dtype int64, got {target.dtype}; use target.long()")
+    _classes.check_label_dtype(_NAME, target)
     return True
 
 

@@ -239,11 +239,7 @@ def _check_target(operator: str, input: Tensor, target: Tensor, ignore_index: in
                 f"expected a floating dtype, got {target.dtype}; class indices have shape "
                 f"{list(_without_classes(input))}"
             )
-        if ignore_index >= 0:
-            raise ValueError(
-                f"{operator}: ignore_index is for class indices; target holds probabilities, got ignore_index = "
-                f"{ignore_index}. Give the rows to leave out a target of zeros"
-            )
+        _classes.check_nothing_ignored(operator, ignore_index)
         return False
     expected = _without_classes(input)
     if target.shape != expected:
@@ -252,8 +248,7 @@ def _check_target(operator: str, input: Tensor, target: Tensor, ignore_index: in
             f"{operator}: expected target of shape {list(expected)} (class indices) or {list(input.shape)} "
             f"(probabilities) for input {form} = {list(input.shape)}, got {list(target.shape)}"
         )
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise TypeError(f"{operator}: expected class indices of dtype int64, got {target.dtype}; use target.long()")
+    _classes.check_label_dtype(operator, target)
     return True
 
 

@@ -231,14 +231,9 @@ def _check_tensor(operator: str, tensor: Any, name: str, i: int = 0) -> None:
     if isinstance(tensor, Tensor) and tensor.dtype in _library.FLOAT_DTYPES and tensor.layout == torch.strided:
         return
     name = _item(operator, name, i)
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
+    if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
         raise TypeError(f"{operator}: expected {name} to be dense, got layout {tensor.layout}; use {name}.to_dense()")
-    raise TypeError(
-        f"{operator}: expected {name} to be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
-        f"convert it with {name}.float()"
-    )
+    _library.check_float(operator, name, tensor)
 
 
 def _check_constant(operator: str, constant: Any, v: Tensor, name: str, of: str, i: int = 0) -> None:
