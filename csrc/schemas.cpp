@@ -53,4 +53,33 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
   library.def(
       "rescale_steps_(Tensor(a!)[] vs, Tensor[] old_vs, Tensor[] constants, float[] numbers, int[] a, int[] b, "
       "int kind) -> ()");
+
+  // ConR: csrc/conr, pyreg/ops/conr.py. `statistics` [3, rows] of this family holds what the gradient takes of each row:
+  // the log of its denominator and the weights of its two terms (csrc/core/pairs.h).
+  library.def(
+      "conr(Tensor features, Tensor targets, Tensor preds, Tensor? weights, float window, float temperature, float "
+      "eta, int variant, int label_norm, int reduction, ScalarType loss_dtype, int first_row, int row_count, bool "
+      "with_gradient) -> (Tensor loss, Tensor statistics, Tensor grad_features)");
+  library.def(
+      "conr_backward(Tensor grad_rows, Tensor features, Tensor targets, Tensor preds, Tensor? weights, Tensor "
+      "statistics, float window, float temperature, float eta, int variant, int label_norm, int first_row, int "
+      "row_count) -> Tensor");
+
+  // Supervised contrastive: csrc/supcon, pyreg/ops/supcon.py
+  library.def(
+      "supcon(Tensor features, Tensor labels, float temperature, bool normalize, int reduction, ScalarType loss_dtype, "
+      "int first_row, int row_count, bool with_gradient) -> (Tensor loss, Tensor statistics, Tensor grad_features)");
+  library.def(
+      "supcon_backward(Tensor grad_rows, Tensor features, Tensor labels, Tensor statistics, float temperature, bool "
+      "normalize, int first_row, int row_count) -> Tensor");
+
+  // InfoNCE: csrc/info_nce, pyreg/ops/info_nce.py. The positive of query i is key i + offset.
+  library.def(
+      "info_nce(Tensor query, Tensor key, Tensor? log_q, Tensor? query_ids, Tensor? key_ids, float temperature, bool "
+      "normalize, bool by_query, bool by_key, int offset, int reduction, ScalarType loss_dtype) -> (Tensor loss, "
+      "Tensor query_statistics, Tensor key_statistics)");
+  library.def(
+      "info_nce_backward(Tensor grad_queries, Tensor grad_keys, Tensor query, Tensor key, Tensor? log_q, Tensor? "
+      "query_ids, Tensor? key_ids, Tensor query_statistics, Tensor key_statistics, float temperature, bool normalize, "
+      "int offset, bool[2] needs_grad) -> (Tensor grad_query, Tensor grad_key)");
 }
