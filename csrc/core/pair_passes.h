@@ -215,9 +215,8 @@ void statistics_of_block(const PairArgs& args, const Pairs& pairs, const Tile<ty
         if (Pairs::kMayBeEmpty && !any_lane(terms.active)) return;
         const Vector<A> s = load(tile.scores(i) + j) * scale;
         const Vector<A> e = keep<A>(terms.active, exponential(s + terms.row_exponent - row_shift));
-        const Vector<A> positive = keep<A>(terms.positive, s);
         sums.sum += e * terms.row_factor;
-        sums.positive_sum += positive;
+        sums.positive_sum += keep<A>(terms.positive, s + terms.row_exponent);
         sums.positives -= terms.positive;
         if constexpr (Pairs::kCountsNegatives) sums.negatives -= terms.active & ~terms.positive;
         if constexpr (kColumns) {
@@ -227,7 +226,7 @@ void statistics_of_block(const PairArgs& args, const Pairs& pairs, const Tile<ty
             e_of_column = keep<A>(terms.active, exponential(s + terms.column_exponent - column_shift));
           }
           store(columns.sum() + j, load(columns.sum() + j) + e_of_column * terms.column_factor);
-          store(columns.positive_sum() + j, load(columns.positive_sum() + j) + positive);
+          store(columns.positive_sum() + j, load(columns.positive_sum() + j) + keep<A>(terms.positive, s + terms.column_exponent));
           const auto count = [j](Code<A>* counts, Mask<A> mask) {
             const Mask<A> counted = load_codes<A>(counts + j) - mask;
             memcpy(counts + j, &counted, sizeof(counted));
@@ -361,6 +360,13 @@ void run_pair_gradient(const PairArgs& args) {
     return args.has_columns ? pair_gradient<Pairs, true, true>(args) : pair_gradient<Pairs, true, false>(args);
   }
   args.has_columns ? pair_gradient<Pairs, false, true>(args) : pair_gradient<Pairs, false, false>(args);
+}
+
+// Calls function with the type Pairs<A> for the scores' A.
+template <template <typename> typename Pairs, typename Function>
+void dispatch_scores(const PairArgs& args, Function&& function) {
+  if (args.dtype == Dtype::float64) return function(TypeTag<Pairs<double>>{});
+  function(TypeTag<Pairs<float>>{});
 }
 
 }  // namespace pyreg::PYREG_ISA

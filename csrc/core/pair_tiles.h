@@ -81,12 +81,10 @@ struct UnitRows {
   int64_t count() const { return rows.size(0); }
   const int64_t* order_data() const { return order.empty() ? nullptr : order.data(); }
 
-  // The features' gradient from that of the rows. It has as many rows as there are; the first is feature `first`'s.
-  Tensor features_gradient(const Tensor& grad_rows, ScalarType type, Dtype dtype, int64_t first) const {
-    Tensor gradient = empty({count(), rows.size(1)}, type, rows);
+  // Writes the features' gradient, which starts with feature `first`'s, from that of the rows.
+  void backward(const Tensor& grad_rows, Dtype dtype, int64_t first, Tensor& gradient) const {
     cpu::unit_rows_backward({dtype, rows.const_data_ptr(), grad_rows.const_data_ptr(), inverse_norm.data(),
                              order_data(), first, count(), rows.size(1), normalize, gradient.mutable_data_ptr()});
-    return gradient;
   }
 };
 

@@ -45,7 +45,7 @@ struct PairSide {
   int64_t label_stride;
   const void* weights;          // [n] A
   const void* codes;            // [n] int32 beside float scores, int64 beside double: equal where classes or ids are
-  const void* exponents;        // [n] A, added to the scores of the pairs
+  const void* exponents;        // [n] A, of columns: added to the scores in the rows' denominators
   const int64_t* partner;       // [n] the column that is a row's own or its positive; -1 for none
   const void* lse;              // [n] A; gradient of unbounded scores only
   const void* exp_weight;       // [n] A: u alpha / tau, times exp(shift - lse) where bounded
