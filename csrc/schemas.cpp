@@ -76,8 +76,8 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
   // InfoNCE: csrc/info_nce, pyreg/ops/info_nce.py. The positive of query i is key i + offset.
   library.def(
       "info_nce(Tensor query, Tensor key, Tensor? log_q, Tensor? query_ids, Tensor? key_ids, float temperature, bool "
-      "normalize, bool by_query, bool by_key, int offset, int reduction, ScalarType loss_dtype) -> (Tensor loss, "
-      "Tensor query_statistics, Tensor key_statistics)");
+      "normalize, bool by_query, bool by_key, int offset, int reduction, ScalarType loss_dtype, bool[2] with_gradient) "
+      "-> (Tensor loss, Tensor query_statistics, Tensor key_statistics, Tensor grad_query, Tensor grad_key)");
   library.def(
       "info_nce_backward(Tensor grad_queries, Tensor grad_keys, Tensor query, Tensor key, Tensor? log_q, Tensor? "
       "query_ids, Tensor? key_ids, Tensor query_statistics, Tensor key_statistics, float temperature, bool normalize, "

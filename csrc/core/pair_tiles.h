@@ -157,22 +157,22 @@ struct PairSumsMemory {
 };
 
 // What the gradient pass takes of rows whose statistics are known: lse and the weights of the two terms.
-struct PairWeights {
-  std::vector<char> lse, exp_weight, positive_weight;
+class PairWeights {
+ public:
+  PairWeights(Dtype dtype, int64_t count)
+      : dtype_(dtype), lse(bytes(count)), exp_weight(bytes(count)), positive_weight(bytes(count)) {}
 
   // statistics(field, i) and upstream(i) are of the i-th row in the tiles' order.
   template <typename Statistics, typename Upstream>
-  PairWeights(const PairArgs& args, int64_t count, Statistics&& statistics, Upstream&& upstream) {
-    // A row without a loss has no exponential: nothing that could overflow.
-    lse = padded_array(args.dtype, count,
-                       [&](int64_t i) { return statistics(1, i) == 0 ? 1e30 : statistics(0, i); });
-    exp_weight = padded_array(args.dtype, count, [&](int64_t i) {
-      const double alpha = statistics(1, i);
-      if (alpha == 0) return 0.0;
-      return upstream(i) * alpha * args.scale * (args.is_bounded ? std::exp(args.shift - statistics(0, i)) : 1);
-    });
-    positive_weight = padded_array(args.dtype, count,
-                                   [&](int64_t i) { return upstream(i) * statistics(2, i) * args.scale; });
+  void fill(const PairArgs& args, Span rows, Statistics&& statistics, Upstream&& upstream) {
+    for (int64_t i = rows.first; i < rows.end(); ++i) {
+      const double log_sum = statistics(0, i), alpha = statistics(1, i);
+      const double scale = upstream(i) * args.scale;
+      // A row without a loss has no exponential: nothing that could overflow.
+      set(lse, i, alpha == 0 ? 1e30 : log_sum);
+      set(exp_weight, i, alpha == 0 ? 0 : scale * alpha * (args.is_bounded ? std::exp(args.shift - log_sum) : 1));
+      set(positive_weight, i, scale * statistics(2, i));
+    }
   }
 
   void set(PairSide& side) const {
@@ -180,20 +180,38 @@ struct PairWeights {
     side.exp_weight = exp_weight.data();
     side.positive_weight = positive_weight.data();
   }
+
+ private:
+  std::vector<char> bytes(int64_t count) const {
+    return std::vector<char>(static_cast<size_t>((count + kPairPadding) * size_of(dtype_)));
+  }
+  void set(std::vector<char>& array, int64_t i, double value) const {
+    if (dtype_ == Dtype::float64) {
+      reinterpret_cast<double*>(array.data())[i] = value;
+    } else {
+      reinterpret_cast<float*>(array.data())[i] = static_cast<float>(value);
+    }
+  }
+
+  Dtype dtype_;
+  std::vector<char> lse, exp_weight, positive_weight;
 };
 
 // ---- the walk ----
+
+inline bool is_one_panel(int64_t rows, int64_t columns) { return rows <= kOnePanelRows && columns <= kOnePanelRows; }
 
 struct PanelMemory {
   Tensor scores, workspace;
   int64_t stride;
   int64_t panel_rows, panel_columns;
 
-  PanelMemory(const PairArgs& args, int64_t rows, int64_t columns, const Tensor& like)
+  // `has_whole_rows`: panels hold all columns.
+  PanelMemory(const PairArgs& args, int64_t rows, int64_t columns, const Tensor& like, bool has_whole_rows = false)
       : scores(like), workspace(like) {
-    const bool is_one = rows <= kOnePanelRows && columns <= kOnePanelRows;
+    const bool is_one = is_one_panel(rows, columns);
     panel_rows = is_one ? rows : std::min(rows, kPanelRows);
-    panel_columns = std::min(columns, is_one ? kOnePanelRows : kPanelColumns);
+    panel_columns = is_one || has_whole_rows ? columns : std::min(columns, kPanelColumns);
     stride = (panel_columns + 15) / 16 * 16 + kPairPadding;
     scores = empty({panel_rows * stride}, accumulate_type(args.dtype), like);
     workspace = empty({pair_workspace_bytes(panel_rows, panel_columns) / 8}, ScalarType::Double, like);
@@ -285,6 +303,16 @@ inline void store_element(Tensor& tensor, Dtype dtype, int64_t i, double value) 
     using Storage = typename decltype(tag)::type;
     static_cast<Storage*>(tensor.mutable_data_ptr())[i] = narrow<Storage>(static_cast<Accumulate<Storage>>(value));
   });
+}
+
+// [3, rows] in the accumulation dtype.
+inline Tensor statistics_of(const std::vector<PairRow>& rows, ScalarType type, const Tensor& like) {
+  const auto count = static_cast<int64_t>(rows.size());
+  Tensor result = empty({3, count}, type, like);
+  for (int64_t i = 0; i < 3 * count; ++i) {
+    store_element(result, dtype_of(type, "pairs"), i, rows[i % count].statistic(i / count));
+  }
+  return result;
 }
 
 enum class Reduction : int64_t { none, mean, sum };

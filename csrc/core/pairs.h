@@ -88,6 +88,7 @@ inline int64_t pair_workspace_bytes(int64_t rows, int64_t columns) {
 // A row's part of `statistics`, and its loss.
 struct PairRow {
   double lse = 0, alpha = 0, beta = 0, loss = 0;
+  double statistic(int64_t field) const { return field == 0 ? lse : field == 1 ? alpha : beta; }
 };
 
 inline double pair_log_sum(const PairSums& sums, int64_t i, bool is_bounded, double shift, double extra) {

@@ -96,9 +96,11 @@ template <typename Statistics, typename Upstream>
 std::array<PairWeights, 2> self_pair_weights(SelfPairs& problem, Statistics&& statistics, Upstream&& upstream) {
   PairArgs& args = problem.args();
   const auto weights = [&](int64_t count, auto source) {
-    return PairWeights(
-        args, count, [&](int64_t field, int64_t i) { return statistics(field, source(i)); },
+    PairWeights result(args.dtype, count);
+    result.fill(
+        args, {0, count}, [&](int64_t field, int64_t i) { return statistics(field, source(i)); },
         [&](int64_t i) { return upstream(source(i)); });
+    return result;
   };
   return {weights(args.is_upper ? 0 : problem.row_count(), [&](int64_t i) { return problem.row_source(i); }),
           weights(problem.count(), [&](int64_t i) { return problem.column_source(i); })};
@@ -122,7 +124,6 @@ std::tuple<Tensor, Tensor, Tensor> self_pairs_forward(Problem& problem, int64_t 
                 " rows and a reduced loss only");
   const ScalarType type = accumulate_type(problem.dtype());
   const Dtype dtype = accumulate(problem.dtype());
-  Tensor statistics = empty({3, row_count}, type, problem.features());
   Tensor gradient = with_gradient ? empty({problem.count(), problem.features().size(1)}, type, problem.features())
                                   : empty({0}, type, problem.features());
   std::vector<PairRow> rows(static_cast<size_t>(row_count));
@@ -141,10 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> self_pairs_forward(Problem& problem, int64_t 
     if (with_gradient) {
       // The one panel's scores are still there.
       const auto weights = self_pair_weights(
-          problem,
-          [&](int64_t field, int64_t i) {
-            return field == 0 ? rows[i].lse : field == 1 ? rows[i].alpha : rows[i].beta;
-          },
+          problem, [&](int64_t field, int64_t i) { return rows[i].statistic(field); },
           [&](int64_t) { return 1 / divisor; });
       set_weights(args, weights);
       Problem::gradient_kernel(args);
@@ -156,13 +154,9 @@ std::tuple<Tensor, Tensor, Tensor> self_pairs_forward(Problem& problem, int64_t 
     divisor = problem.divisor(rows);
   }
   std::vector<double> losses(rows.size());
-  for (int64_t i = 0; i < row_count; ++i) {
-    losses[i] = rows[i].loss;
-    store_element(statistics, dtype, i, rows[i].lse);
-    store_element(statistics, dtype, row_count + i, rows[i].alpha);
-    store_element(statistics, dtype, 2 * row_count + i, rows[i].beta);
-  }
-  return {reduce_losses(losses, reduction, divisor, loss_type, problem.features()), statistics, gradient};
+  for (int64_t i = 0; i < row_count; ++i) losses[i] = rows[i].loss;
+  return {reduce_losses(losses, reduction, divisor, loss_type, problem.features()),
+          statistics_of(rows, type, problem.features()), gradient};
 }
 
 template <typename Problem>

@@ -51,18 +51,8 @@ class Problem {
   UnitRows unit_columns() const { return UnitRows(column_features_, dtype_, {}, normalize_); }
   auto all_columns() const { return dense_columns(args_, column_count()); }
 
-  // Statistics [3, n] and losses of rows or columns.
-  Tensor statistics(const PairSums& sums, int64_t count, std::vector<double>& losses) const {
-    Tensor result = empty({3, count}, accumulate_type(dtype_), row_features_);
-    losses.resize(static_cast<size_t>(count));
-    for (int64_t i = 0; i < count; ++i) {
-      const PairRow row = info_nce_row(sums, i, args_.is_bounded, args_.shift);
-      losses[i] = row.loss;
-      store_element(result, args_.dtype, i, row.lse);
-      store_element(result, args_.dtype, count + i, row.alpha);
-      store_element(result, args_.dtype, 2 * count + i, row.beta);
-    }
-    return result;
+  PairRow row(const PairSums& sums, int64_t i) const {
+    return info_nce_row(sums, i, args_.is_bounded, args_.shift);
   }
 
  private:
@@ -117,35 +107,122 @@ class Problem {
   std::vector<char> row_codes_, column_codes_, exponents_;
 };
 
-std::tuple<Tensor, Tensor, Tensor> info_nce(Tensor query, Tensor key, std::optional<Tensor> log_q,
-                                            std::optional<Tensor> query_ids, std::optional<Tensor> key_ids,
-                                            double temperature, bool normalize, bool by_query, bool by_key,
-                                            int64_t offset, int64_t reduction, ScalarType loss_type) {
-  constexpr const char* kName = "info_nce";
-  PYREG_REQUIRE(by_query || by_key, kName, "expected by_query or by_key");
-  const std::optional<Tensor> none;
-  const Problem::Side queries{query, query_ids}, keys{key, key_ids};
-  Problem problem(kName, by_query ? queries : keys, by_query ? keys : queries, by_query ? log_q : none,
-                  temperature, normalize, by_query ? offset : -offset, by_query && by_key);
-  PYREG_REQUIRE(!(by_query && by_key) || (query.size(0) == key.size(0) && offset == 0), kName,
-                "expected as many queries as keys and offset 0 for both directions");
+using Rows = std::vector<PairRow>;
+
+Tensor empty_gradient(const Tensor& of, bool is_needed, ScalarType type) {
+  return is_needed ? empty({of.size(0), of.size(1)}, type, of) : empty({0}, type, of);
+}
+
+// Of rows and columns, as far as they are needed.
+class Gradients {
+ public:
+  Gradients(const UnitRows& rows, const UnitRows& columns, bool needs_rows, bool needs_columns)
+      : rows_(rows), columns_(columns) {
+    if (needs_rows) row_total_ = zeros_like_rows(rows);
+    if (needs_columns) column_total_ = zeros_like_rows(columns);
+  }
+
+  const Tensor* row_total() const { return row_total_ ? &*row_total_ : nullptr; }
+  const Tensor* column_total() const { return column_total_ ? &*column_total_ : nullptr; }
+
+  void write(Dtype dtype, Tensor& grad_rows, Tensor& grad_columns) const {
+    if (row_total_) rows_.backward(*row_total_, dtype, 0, grad_rows);
+    if (column_total_) columns_.backward(*column_total_, dtype, 0, grad_columns);
+  }
+
+ private:
+  const UnitRows& rows_;
+  const UnitRows& columns_;
+  std::optional<Tensor> row_total_, column_total_;
+};
+
+// Statistics of rows and columns; with `gradients`, those of `upstream` times all rows' losses too: a panel of all columns
+// knows its rows' statistics, and with them the gradient of its scores in the rows' direction, so that no product is
+// made twice. In both directions that holds only where the panel is the only one.
+void run_forward(Problem& problem, Rows& rows, Rows& columns, const UnitRows& unit_rows, const UnitRows& unit_columns,
+                 const Gradients* gradients, double upstream) {
   PairArgs& args = problem.args();
   PairSumsMemory row_sums(problem.row_count()), column_sums(problem.column_count());
   args.row_sums = row_sums.pointers();
   args.column_sums = column_sums.pointers();
+  PanelMemory memory(args, unit_rows.count(), unit_columns.count(), unit_rows.rows, gradients != nullptr);
+  PairWeights row_weights(args.dtype, unit_rows.count()), column_weights(args.dtype, unit_columns.count());
+  row_weights.set(args.row);
+  column_weights.set(args.column);
+  const auto fill = [&](PairWeights& weights, const Rows& known, Span span) {
+    weights.fill(
+        args, span, [&](int64_t field, int64_t i) { return known[i].statistic(field); },
+        [&](int64_t) { return upstream; });
+  };
+  set_memory(args, memory);
+  for_each_panel(args, memory, unit_rows.count(), problem.all_columns(), [&] {
+    multiply_panel(args, memory, unit_rows, unit_columns);
+    cpu::info_nce_statistics(args);
+    if (gradients == nullptr) return;
+    const Span span{args.first_row, args.rows};
+    for (int64_t i = span.first; i < span.end(); ++i) rows[i] = problem.row(args.row_sums, i);
+    fill(row_weights, rows, span);
+    if (args.has_columns) {
+      for (size_t j = 0; j < columns.size(); ++j) columns[j] = problem.row(args.column_sums, static_cast<int64_t>(j));
+      fill(column_weights, columns, {0, unit_columns.count()});
+    }
+    cpu::info_nce_gradient(args);
+    add_gradient_of_panel(args, memory, unit_rows, unit_columns, gradients->row_total(), gradients->column_total());
+  });
+  for (size_t i = 0; i < rows.size(); ++i) rows[i] = problem.row(args.row_sums, static_cast<int64_t>(i));
+  for (size_t j = 0; j < columns.size(); ++j) columns[j] = problem.row(args.column_sums, static_cast<int64_t>(j));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(Tensor query, Tensor key, std::optional<Tensor> log_q,
+                                                            std::optional<Tensor> query_ids,
+                                                            std::optional<Tensor> key_ids, double temperature,
+                                                            bool normalize, bool by_query, bool by_key, int64_t offset,
+                                                            int64_t reduction, ScalarType loss_type,
+                                                            std::vector<bool> with_gradient) {
+  constexpr const char* kName = "info_nce";
+  PYREG_REQUIRE(by_query || by_key, kName, "expected by_query or by_key");
+  PYREG_REQUIRE(with_gradient.size() == 2, kName, "expected with_gradient of two");
+  const std::optional<Tensor> none;
+  const Problem::Side queries{query, query_ids}, keys{key, key_ids};
+  Problem problem(kName, by_query ? queries : keys, by_query ? keys : queries, by_query ? log_q : none, temperature,
+                  normalize, by_query ? offset : -offset, by_query && by_key);
+  const bool is_symmetric = by_query && by_key, has_gradient = with_gradient[0] || with_gradient[1];
+  PYREG_REQUIRE(!is_symmetric || (query.size(0) == key.size(0) && offset == 0), kName,
+                "expected as many queries as keys and offset 0 for both directions");
+  PYREG_REQUIRE(!has_gradient || (static_cast<Reduction>(reduction) != Reduction::none &&
+                                  (!is_symmetric || is_one_panel(query.size(0), key.size(0)))),
+                kName, "expected with_gradient for a reduced loss of one direction, or of at most ", kOnePanelRows,
+                " rows, only");
+  const ScalarType type = accumulate_type(problem.dtype());
+  Tensor grad_query = empty_gradient(query, with_gradient[0], type);
+  Tensor grad_key = empty_gradient(key, with_gradient[1], type);
+  Rows rows(static_cast<size_t>(problem.row_count()));
+  Rows columns(static_cast<size_t>(is_symmetric ? problem.column_count() : 0));
+  const auto divisor = static_cast<double>(rows.size());
   if (problem.row_count() > 0 && problem.column_count() > 0) {
-    const UnitRows rows = problem.unit_rows(), columns = problem.unit_columns();
-    PanelMemory memory(args, rows.count(), columns.count(), rows.rows);
-    pair_statistics(args, memory, rows, columns, cpu::info_nce_statistics, problem.all_columns());
+    const UnitRows unit_rows = problem.unit_rows(), unit_columns = problem.unit_columns();
+    std::optional<Gradients> gradients;
+    if (has_gradient) {
+      gradients.emplace(unit_rows, unit_columns, with_gradient[by_query ? 0 : 1],
+                        with_gradient[by_query ? 1 : 0]);
+    }
+    const double upstream = (static_cast<Reduction>(reduction) == Reduction::mean ? 1 / divisor : 1) /
+                            (is_symmetric ? 2 : 1);
+    run_forward(problem, rows, columns, unit_rows, unit_columns, gradients ? &*gradients : nullptr, upstream);
+    if (gradients) {
+      gradients->write(problem.args().dtype, by_query ? grad_query : grad_key, by_query ? grad_key : grad_query);
+    }
+  } else {
+    torch::stable::zero_(grad_query);
+    torch::stable::zero_(grad_key);
   }
-  std::vector<double> losses, column_losses;
-  Tensor row_statistics = problem.statistics(args.row_sums, problem.row_count(), losses);
-  Tensor column_statistics =
-      problem.statistics(args.column_sums, args.has_columns ? problem.column_count() : 0, column_losses);
-  for (size_t i = 0; i < column_losses.size(); ++i) losses[i] = (losses[i] + column_losses[i]) / 2;
-  const auto divisor = static_cast<double>(losses.size());
+  std::vector<double> losses(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    losses[i] = is_symmetric ? (rows[i].loss + columns[i].loss) / 2 : rows[i].loss;
+  }
+  Tensor row_statistics = statistics_of(rows, type, query), column_statistics = statistics_of(columns, type, query);
   return {reduce_losses(losses, reduction, divisor, loss_type, query), by_query ? row_statistics : column_statistics,
-          by_query ? column_statistics : row_statistics};
+          by_query ? column_statistics : row_statistics, grad_query, grad_key};
 }
 
 std::tuple<Tensor, Tensor> info_nce_backward(Tensor grad_queries, Tensor grad_keys, Tensor query, Tensor key,
@@ -167,16 +244,14 @@ std::tuple<Tensor, Tensor> info_nce_backward(Tensor grad_queries, Tensor grad_ke
                       statistics.size(0) == 3 && statistics.size(1) == count && statistics.scalar_type() == type,
                   kName, "expected gradients of shape [N] and statistics of shape [3, N] in the accumulation dtype");
     const Tensor upstream = as_contiguous(grad), known = as_contiguous(statistics);
-    return PairWeights(
-        args, count, [&](int64_t field, int64_t i) { return element(known, field * count + i); },
+    PairWeights weights(args.dtype, count);
+    weights.fill(
+        args, {0, count}, [&](int64_t field, int64_t i) { return element(known, field * count + i); },
         [&](int64_t i) { return element(upstream, i); });
+    return weights;
   };
-  const Tensor& features = query;
-  const auto gradient_like = [&](const Tensor& tensor, bool is_needed) {
-    return is_needed ? empty({tensor.size(0), tensor.size(1)}, features.scalar_type(), features)
-                     : empty({0}, features.scalar_type(), features);
-  };
-  Tensor grad_query = gradient_like(query, needs_grad[0]), grad_key = gradient_like(key, needs_grad[1]);
+  Tensor grad_query = empty_gradient(query, needs_grad[0], query.scalar_type());
+  Tensor grad_key = empty_gradient(key, needs_grad[1], query.scalar_type());
   if ((!by_query && !by_key) || query.size(0) == 0 || key.size(0) == 0) {
     torch::stable::zero_(grad_query);
     torch::stable::zero_(grad_key);
@@ -192,14 +267,10 @@ std::tuple<Tensor, Tensor> info_nce_backward(Tensor grad_queries, Tensor grad_ke
   }
   const UnitRows rows = problem.unit_rows(), columns = problem.unit_columns();
   PanelMemory memory(args, rows.count(), columns.count(), rows.rows);
-  const bool needs_rows = needs_grad[by_query ? 0 : 1], needs_columns = needs_grad[by_query ? 1 : 0];
-  std::optional<Tensor> row_total, column_total;
-  if (needs_rows) row_total = zeros_like_rows(rows);
-  if (needs_columns) column_total = zeros_like_rows(columns);
-  pair_gradient(args, memory, rows, columns, row_total ? &*row_total : nullptr,
-                column_total ? &*column_total : nullptr, cpu::info_nce_gradient, problem.all_columns());
-  if (row_total) rows.backward(*row_total, problem.dtype(), 0, by_query ? grad_query : grad_key);
-  if (column_total) columns.backward(*column_total, problem.dtype(), 0, by_query ? grad_key : grad_query);
+  const Gradients gradients(rows, columns, needs_grad[by_query ? 0 : 1], needs_grad[by_query ? 1 : 0]);
+  pair_gradient(args, memory, rows, columns, gradients.row_total(), gradients.column_total(), cpu::info_nce_gradient,
+                problem.all_columns());
+  gradients.write(problem.dtype(), by_query ? grad_query : grad_key, by_query ? grad_key : grad_query);
   return {grad_query, grad_key};
 }
 
