@@ -1,5 +1,7 @@
 """Operators as functions, named as in :mod:`torch.nn.functional`."""
 
+from pyreg.ops.conr import conr_loss
+from pyreg.ops.info_nce import info_nce
 from pyreg.ops.linear_stablemax import linear_stablemax_cross_entropy
 from pyreg.ops.stablemax import (
     log_stablemax,
@@ -7,14 +9,18 @@ from pyreg.ops.stablemax import (
     stablemax_cross_entropy,
     stablemax_cross_entropy_,
 )
+from pyreg.ops.supcon import supcon_loss
 from pyreg.ops.weight_compander import weight_compander, weight_compander_inverse
 
 __all__ = [
+    "conr_loss",
+    "info_nce",
     "linear_stablemax_cross_entropy",
     "log_stablemax",
     "stablemax",
     "stablemax_cross_entropy",
     "stablemax_cross_entropy_",
+    "supcon_loss",
     "weight_compander",
     "weight_compander_inverse",
 ]

@@ -2,13 +2,162 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from pyreg import functional
 from pyreg.ops.weight_compander import KINDS
 
-__all__ = ["LinearStableMaxCrossEntropyLoss", "StableMaxCrossEntropyLoss", "WeightCompander"]
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+__all__ = [
+    "ConRLoss",
+    "InfoNCELoss",
+    "LinearStableMaxCrossEntropyLoss",
+    "StableMaxCrossEntropyLoss",
+    "SupConLoss",
+    "WeightCompander",
+]
+
+
+class ConRLoss(torch.nn.Module):
+    """ConR, the contrastive regularizer for deep imbalanced regression, to be added to a regression loss.
+
+    Formula, arguments, shapes, dtypes, errors and gradients: :func:`pyreg.functional.conr_loss`.
+
+    Example:
+        >>> conr = pyreg.nn.ConRLoss(window=1.0, temperature=0.07)
+        >>> encoder, head = torch.nn.Linear(8, 32), torch.nn.Linear(32, 1)
+        >>> x, ages = torch.randn(64, 8), torch.randint(100, (64, 1)).float()
+        >>> features = encoder(x)
+        >>> preds = head(features)
+        >>> (torch.nn.functional.l1_loss(preds, ages) + conr(features, ages, preds)).backward()
+    """
+
+    def __init__(
+        self,
+        *,
+        window: float = 1.0,
+        temperature: float = 0.07,
+        eta: float = 0.01,
+        variant: str = "paper",
+        label_norm: float = 2,
+        reduction: str = "mean",
+        group: dist.ProcessGroup | bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.window, self.temperature, self.eta = window, temperature, eta
+        self.variant, self.label_norm, self.reduction, self.group = variant, label_norm, reduction, group
+
+    def forward(self, features: Tensor, targets: Tensor, preds: Tensor, weights: Tensor | None = None) -> Tensor:
+        return functional.conr_loss(
+            features,
+            targets,
+            preds,
+            window=self.window,
+            temperature=self.temperature,
+            eta=self.eta,
+            weights=weights,
+            variant=self.variant,
+            label_norm=self.label_norm,
+            reduction=self.reduction,
+            group=self.group,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"window={self.window}, temperature={self.temperature}, eta={self.eta}, variant={self.variant!r}, "
+            f"label_norm={self.label_norm}, reduction={self.reduction!r}" + _group_repr(self.group)
+        )
+
+
+class SupConLoss(torch.nn.Module):
+    """The supervised contrastive loss: samples of the same label attract each other, all others repel.
+
+    Formula, arguments, shapes, dtypes, errors and gradients: :func:`pyreg.functional.supcon_loss`.
+
+    Example:
+        >>> loss = pyreg.nn.SupConLoss(temperature=0.1)
+        >>> loss(torch.randn(64, 128, requires_grad=True), torch.randint(10, (64,))).backward()
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.1,
+        normalize: bool = True,
+        reduction: str = "mean",
+        group: dist.ProcessGroup | bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.temperature, self.normalize, self.reduction, self.group = temperature, normalize, reduction, group
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return functional.supcon_loss(
+            features,
+            labels,
+            temperature=self.temperature,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            group=self.group,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, normalize={self.normalize}, reduction={self.reduction!r}"
+            + _group_repr(self.group)
+        )
+
+
+class InfoNCELoss(torch.nn.Module):
+    """InfoNCE with in-batch negatives: query i is to find key i among all keys.
+
+    Formula, arguments, shapes, dtypes, errors and gradients: :func:`pyreg.functional.info_nce`.
+
+    Example:
+        >>> clip = pyreg.nn.InfoNCELoss(temperature=0.07, symmetric=True)
+        >>> clip(torch.randn(64, 128, requires_grad=True), torch.randn(64, 128)).backward()
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.07,
+        normalize: bool = True,
+        symmetric: bool = False,
+        reduction: str = "mean",
+        group: dist.ProcessGroup | bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.temperature, self.normalize, self.symmetric = temperature, normalize, symmetric
+        self.reduction, self.group = reduction, group
+
+    def forward(self, query: Tensor, key: Tensor, log_q: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+        return functional.info_nce(
+            query,
+            key,
+            temperature=self.temperature,
+            normalize=self.normalize,
+            symmetric=self.symmetric,
+            log_q=log_q,
+            ids=ids,
+            reduction=self.reduction,
+            group=self.group,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, normalize={self.normalize}, symmetric={self.symmetric}, "
+            f"reduction={self.reduction!r}" + _group_repr(self.group)
+        )
+
+
+def _group_repr(group: dist.ProcessGroup | bool | None) -> str:
+    """Said where there is one."""
+    return "" if group is None else f", group={'default' if group is True else group}"
 
 
 class StableMaxCrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyreg.reference import orthograd, stablemax, weight_compander
+from pyreg.reference import conr, info_nce, orthograd, stablemax, supcon, weight_compander
 
 GOLDEN = Path(__file__).parent / "golden"
 INF = math.inf
@@ -409,3 +409,262 @@ class TestWeightCompander:
         by_v = by_w * p
         weight_compander.to_weight_gradient_(by_v, v, 0.5, 2.0, "arctan", decay=0.1, decay_on="v")
         torch.testing.assert_close(by_v * p, by_w * p + 0.2 * v, **EXACT)
+
+
+def pairs_by_rows(
+    features: np.ndarray,
+    multiplier: np.ndarray,
+    positive: np.ndarray,
+    alpha: np.ndarray,
+    beta: np.ndarray,
+    temperature: float,
+    extra: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The second truth of the pairwise losses: row by row and pair by pair, in logarithms of quotients.
+
+        l_i = alpha_i log( sum_j a_ij exp(s_ij) + extra_i ) - beta_i sum_{j in P_i} s_ij
+
+    with alpha_i = beta_i |P_i|, and the gradient of the sum of all rows, by Jacobians of z = f / |f|. [N], [N, D]
+    """
+    count, width = features.shape
+    lengths = [math.sqrt(math.fsum(x * x for x in row)) for row in features.tolist()]
+    z = [row / length for row, length in zip(features, lengths, strict=True)]
+    losses, by_z = np.zeros(count), np.zeros((count, width))
+    for i in range(count):
+        if alpha[i] == 0:
+            continue
+        scores = [math.fsum(z[i] * z[j]) / temperature for j in range(count)]
+        terms = [multiplier[i, j] * math.exp(scores[j]) for j in range(count)]
+        total = math.fsum([*terms, extra[i]])
+        quotients = [math.log(total / math.exp(scores[j])) for j in range(count) if positive[i, j]]
+        losses[i] = beta[i] * math.fsum(quotients)
+        for j in range(count):
+            by_score = alpha[i] * terms[j] / total - beta[i] * positive[i, j]
+            by_z[i] += by_score * z[j] / temperature
+            by_z[j] += by_score * z[i] / temperature
+    jacobians = [(np.eye(width) - np.outer(z[i], z[i])) / lengths[i] for i in range(count)]
+    return losses, np.stack([jacobians[i] @ by_z[i] for i in range(count)])
+
+
+def assert_is_sum_of(losses_of, features: np.ndarray, expected: tuple[np.ndarray, np.ndarray]) -> None:
+    x = torch.from_numpy(features).requires_grad_()
+    losses = losses_of(x)
+    (gradient,) = torch.autograd.grad(losses.sum(), x)
+    for actual, wanted in zip((losses.detach(), gradient), expected, strict=True):
+        # sums of some dozens of terms, each right to a few units of the last place of numbers up to 1 / temperature
+        torch.testing.assert_close(actual, torch.from_numpy(wanted), rtol=1e-11, atol=1e-11)
+
+
+VARIANTS = ["paper", "agedb", "nyud2"]
+
+
+class TestConr:
+    @pytest.mark.parametrize("file", ["agedb_0", "agedb_1", "agedb_2", "nyud2_0"])
+    def test_golden(self, file) -> None:
+        golden = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / f"conr_{file}.npz").items()}
+        numbers = {name: golden[name].item() for name in ("window", "temperature", "eta")}
+        weights = golden["weights"] if golden["weights"].dim() > 0 else None
+
+        def loss_of(features: Tensor) -> Tensor:
+            return conr.conr_loss(
+                features, golden["targets"], golden["preds"], weights=weights, variant=file.split("_")[0], **numbers
+            )
+
+        loss, gradient = value_and_gradients(loss_of, golden["features"])
+        torch.testing.assert_close(loss, golden["loss"], rtol=1e-10, atol=0)
+        torch.testing.assert_close(gradient, golden["grad_features"], rtol=1e-10, atol=1e-14)
+
+    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize(("outputs", "norm"), [(1, 2), (3, 1), (3, 2), (3, INF)])
+    def test_pair_by_pair(self, variant, weighted, outputs, norm) -> None:
+        rng = np.random.default_rng(outputs)
+        count, window, temperature, eta = 17, 1.0, 0.2, 0.3
+        features = rng.normal(size=(count, 5))
+        y, e = rng.integers(0, 4, size=(count, outputs)), rng.integers(0, 4, size=(count, outputs))
+        y[-1], e[0] = 100, 100  # no positive; no negative
+        w = rng.uniform(0.2, 2.0, size=count) if weighted else np.ones(count)
+        multiplier, positive = np.zeros((count, count)), np.zeros((count, count), dtype=bool)
+        alpha, beta, extra = np.zeros(count), np.zeros(count), np.zeros(count)
+        d = np.zeros((count, count))
+        if variant == "nyud2":
+            y, e, outputs = y.mean(1, keepdims=True), e.mean(1, keepdims=True), 1
+        length = {1: lambda v: sum(abs(v)), 2: lambda v: math.sqrt(sum(v * v)), INF: lambda v: max(abs(v))}[norm]
+        for i, j in itertools.product(range(count), repeat=2):
+            d[i, j] = length(y[i] - y[j])
+            if d[i, j] <= window:
+                positive[i, j], multiplier[i, j] = i != j, i != j
+            elif length(e[i] - e[j]) <= window:
+                multiplier[i, j] = w[i] * (eta * d[i, j] if variant == "nyud2" else math.exp(eta * d[i, j]))
+        for i in range(count):
+            if positive[i].any() and (multiplier[i] > 0).sum() > positive[i].sum():
+                number = positive[i].sum()
+                beta[i] = 1 / (number + 1) if variant == "nyud2" else w[i] / number
+                alpha[i] = beta[i] * number
+                extra[i] = 0 if variant == "paper" else count - number
+        assert 0 < (alpha > 0).sum() < count
+        options = {"window": window, "temperature": temperature, "eta": eta, "variant": variant, "label_norm": norm}
+        assert_is_sum_of(
+            lambda x: conr.conr_loss(
+                x,
+                torch.from_numpy(y),
+                torch.from_numpy(e),
+                weights=torch.from_numpy(w) if weighted else None,
+                reduction="none",
+                **options,
+            ),
+            features,
+            pairs_by_rows(features, multiplier, positive, alpha, beta, temperature, extra),
+        )
+
+    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("case", ["no positives", "no negatives", "one row", "no row", "zeros", "cold", "far"])
+    def test_edges_are_finite(self, variant, case) -> None:
+        count = {"one row": 1, "no row": 0}.get(case, 6)
+        labels = torch.arange(count) // 2
+        labels = {"no positives": 100 * torch.arange(count), "no negatives": 0 * labels}.get(case, 100 * labels)
+        labels = labels * 10**6 if case == "far" else labels
+        features = logits_of((count, 4)) * (case != "zeros")
+        options = {"temperature": 0.002 if case == "cold" else 0.1, "eta": 0.1}
+        preds = torch.zeros(count)
+        losses, gradient = value_and_gradients(
+            lambda x: conr.conr_loss(x, labels, preds, variant=variant, reduction="none", **options), features
+        )
+        assert losses.isfinite().all()
+        assert gradient.isfinite().all()
+        if case in ("no positives", "no negatives", "one row"):
+            assert (losses == 0).all()
+            assert (gradient == 0).all()
+        else:
+            assert (losses > 0).all()
+        for reduction, scale in (("sum", 1), ("mean", 1 / max(count, 1))):
+            loss = conr.conr_loss(features, labels, preds, variant=variant, reduction=reduction, **options)
+            torch.testing.assert_close(loss, scale * losses.sum())
+
+    def test_labels_beyond_float32_are_told_apart(self) -> None:
+        features = logits_of((3, 4)).float()
+        labels, preds = torch.tensor([2**24, 2**24 + 2, 2**24 + 3]), torch.zeros(3)
+        losses = conr.conr_loss(features, labels, preds, temperature=1.0, reduction="none")
+        assert (losses > 0).tolist() == [False, True, True]
+        rounded = conr.conr_loss(features, labels.float(), preds, temperature=1.0, reduction="none")
+        assert (rounded == 0).all()
+
+
+class TestSupcon:
+    @pytest.mark.parametrize("labels", [[0, 1, 0, 2, 1, 0, 3], [5] * 7, list(range(7))], ids=str)
+    def test_pair_by_pair(self, labels) -> None:
+        features = np.random.default_rng(0).normal(size=(7, 4))
+        y = np.array(labels)
+        positive = (y[:, None] == y[None]) & ~np.eye(7, dtype=bool)
+        positives = positive.sum(1)
+        alpha, beta = (positives > 0).astype(float), (positives > 0) / np.maximum(positives, 1)
+        expected = pairs_by_rows(features, 1 - np.eye(7), positive, alpha, beta, 0.2, np.zeros(7))
+        target = torch.from_numpy(y)
+        assert_is_sum_of(lambda x: supcon.supcon_loss(x, target, 0.2, reduction="none"), features, expected)
+        mean = supcon.supcon_loss(torch.from_numpy(features), target, 0.2)
+        assert mean.item() == pytest.approx(expected[0].sum() / max(alpha.sum(), 1), rel=1e-12)
+
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_pairs_of_views_are_info_nce_among_all(self, normalize) -> None:
+        """One positive each: the cross-entropy over all others (SimCLR's NT-Xent)."""
+        features, labels = logits_of((10, 3)), torch.arange(5).repeat(2)
+        z = F.normalize(features) if normalize else features
+        scores = (z @ z.t() / 0.3).fill_diagonal_(-INF)
+        expected = F.cross_entropy(scores, torch.arange(10).roll(5))
+        torch.testing.assert_close(supcon.supcon_loss(features, labels, 0.3, normalize), expected, **EXACT)
+
+    @pytest.mark.parametrize("count", [0, 1, 2])
+    def test_few_rows(self, count) -> None:
+        loss, gradient = value_and_gradients(
+            lambda x: supcon.supcon_loss(x, torch.arange(count), normalize=False), logits_of((count, 3))
+        )
+        assert loss.item() == 0
+        assert (gradient == 0).all()
+
+
+class TestInfoNce:
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_is_torchs_cross_entropy(self, normalize) -> None:
+        query, key, log_q = logits_of((5, 3)), logits_of((8, 3)), torch.rand(8, dtype=torch.float64).log()
+
+        def torchs(q: Tensor, k: Tensor) -> Tensor:
+            q, k = (F.normalize(q), F.normalize(k)) if normalize else (q, k)
+            return F.cross_entropy(q @ k.t() / 0.3 - log_q, torch.arange(5))
+
+        assert_all_close(
+            value_and_gradients(lambda q, k: info_nce.info_nce(q, k, 0.3, normalize, log_q=log_q), query, key),
+            value_and_gradients(torchs, query, key),
+        )
+
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_symmetric_is_the_mean_of_both_directions(self, reduction) -> None:
+        query, key, log_q = logits_of((6, 3)), logits_of((6, 3)).flip(0), torch.rand(6, dtype=torch.float64).log()
+        ids = torch.tensor([0, 1, 0, 2, 3, 1])
+        options = {"temperature": 0.3, "ids": ids, "reduction": reduction}
+
+        def one_by_one(q: Tensor, k: Tensor) -> Tensor:
+            ways = (
+                info_nce.info_nce(q, k, log_q=log_q, **options),
+                info_nce.info_nce(k, q, **options),
+            )
+            return (ways[0] + ways[1]) / 2
+
+        assert_all_close(
+            value_and_gradients(
+                lambda q, k: info_nce.info_nce(q, k, symmetric=True, log_q=log_q, **options), query, key
+            ),
+            value_and_gradients(one_by_one, query, key),
+        )
+
+    def test_keys_with_the_query_s_id_are_as_good_as_absent(self) -> None:
+        query, key, ids = logits_of((4, 3)), logits_of((7, 3)), torch.tensor([0, 1, 0, 2, 1, 0, 5])
+        losses = info_nce.info_nce(query, key, ids=ids, reduction="none")
+        for i in range(4):
+            others = [j for j in range(7) if j != i and ids[j] != ids[i]]
+            alone = info_nce.info_nce(query[i : i + 1], key[[i, *others]])
+            torch.testing.assert_close(losses[i], alone, **EXACT)
+
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_few_rows(self, count) -> None:
+        loss, *gradients = value_and_gradients(info_nce.info_nce, logits_of((count, 3)), logits_of((count, 3)))
+        assert loss.item() == 0
+        assert all((gradient == 0).all() for gradient in gradients)
+
+
+def labelled() -> tuple[Tensor, Tensor]:
+    """Labels of which one stands alone, and predictions that bring some of them together."""
+    return torch.tensor([0.0, 0.5, 3.0, 3.5, 9.0, 0.2]), torch.tensor([1.0, 5.0, 1.5, 4.5, 4.0, 0.5])
+
+
+PAIRWISE = {
+    **{
+        f"conr {variant}": lambda x, v=variant: conr.conr_loss(x, *labelled(), temperature=0.5, eta=0.2, variant=v)
+        for variant in VARIANTS
+    },
+    "supcon": lambda x: supcon.supcon_loss(x, torch.tensor([0, 1, 0, 1, 2, 1]), 0.5),
+    "info_nce": lambda x: info_nce.info_nce(x, x.flip(1), 0.5, ids=torch.tensor([0, 1, 0, 1, 2, 1]), symmetric=True),
+}
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+class TestPairwise:
+    def test_first_and_second_order(self, name) -> None:
+        x = logits_of((6, 3), scale=1.0).requires_grad_()
+        assert PAIRWISE[name](x).item() > 0
+        assert torch.autograd.gradcheck(PAIRWISE[name], x)
+        assert torch.autograd.gradgradcheck(PAIRWISE[name], x)
+
+    def test_traces_into_one_graph(self, name) -> None:
+        x = logits_of((6, 3))
+        compiled = torch.compile(PAIRWISE[name], fullgraph=True, backend="aot_eager")
+        assert_all_close(value_and_gradients(compiled, x), value_and_gradients(PAIRWISE[name], x))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_16_bits_compute_in_float32(self, name, dtype) -> None:
+        x = logits_of((6, 3)).to(dtype)
+        loss, gradient = value_and_gradients(PAIRWISE[name], x)
+        expected, expected_gradient = value_and_gradients(PAIRWISE[name], x.double())
+        assert loss.dtype == gradient.dtype == dtype
+        rounding = torch.finfo(dtype).eps
+        torch.testing.assert_close(loss.double(), expected, rtol=4 * rounding, atol=0)
+        torch.testing.assert_close(gradient.double(), expected_gradient, rtol=4 * rounding, atol=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from pyreg import _extension
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def reduction_code(operator: str, reduction: str) -> int:
     """The schema's integer for a reduction's name."""
     try:
-        return _REDUCTIONS[reduction]
+        return REDUCTIONS[reduction]
     except (KeyError, TypeError):
         raise ValueError(f"{operator}: expected reduction to be 'none', 'mean' or 'sum', got {reduction!r}") from None
 
@@ -60,17 +60,19 @@ def vmap_one_by_one(name: str) -> None:
     def _(info: Any, in_dims: Any, *args: Any) -> Any:
         def sample(i: int) -> Any:
             pairs = zip(args, in_dims, strict=True)
-            return operation(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in pairs))
+            return operation(*(arg.select(dim, i).contiguous() if isinstance(dim, int) else arg for arg, dim in pairs))
 
         samples = [sample(i) for i in range(info.batch_size)]
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
         return tuple(torch.stack(results) for results in zip(*samples, strict=True)), (0,) * len(samples[0])
 
 
 _rules = torch.library.Library("pyreg", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def implement(name: str, function: Callable[..., Any]) -> None:
-    """Makes a Python function, which calls kernels and torch's own operators, the operator on CPU and CUDA.
+def implement(name: str, function: Callable[..., Any], keys: Sequence[str] = ("CPU", "CUDA")) -> None:
+    """Makes a Python function, which calls kernels and torch's own operators, the operator for these dispatch keys.
 
     Autocast is off inside: it has been decided before the operator is called.
     """
@@ -80,7 +82,7 @@ def implement(name: str, function: Callable[..., Any]) -> None:
             return function(first, *args)
 
     if _extension.CPU.error is None:
-        for key in ("CPU", "CUDA"):
+        for key in keys:
             _rules.impl(name, without_autocast, key)  # type: ignore[no-untyped-call]
 
 

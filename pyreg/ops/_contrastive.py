@@ -1,0 +1,326 @@
+"""What the operators of the pairwise contrastive family share: argument checks, kernels of CUDA, gradient rules."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyreg.ops import _library, _pairs
+from pyreg.ops._ranks import Ranks
+from pyreg.ops.scale_rows import scale_rows_
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+Tensors = tuple[Tensor | None, ...]
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+# One tile of rows, whose gradient is formed with the loss: a second pass over so few would be mostly overhead.
+_ONE_TILE_ROWS = 512
+
+
+# ---- argument checks ----
+
+
+def feature_rows(operator: str, name: str, features: Tensor) -> Tensor:
+    """``[N, D]``, contiguous, from ``[N, ...]``."""
+    _library.check_float(operator, name, features)
+    if features.dim() < 2 or (features.numel() == 0 and 0 in features.shape[1:]):
+        raise ValueError(
+            f"{operator}: expected {name} of shape [N, D] or [N, ...] with at least one feature a sample, got "
+            f"{list(features.shape)}" + ("; use unsqueeze(1) for one feature" if features.dim() == 1 else "")
+        )
+    return (features if features.dim() == 2 else features.flatten(1)).contiguous()
+
+
+def check_number(operator: str, name: str, value: float, low: float, or_equal: bool) -> float:
+    """A finite number above ``low``."""
+    try:
+        fits = (low <= value if or_equal else low < value) and value < math.inf
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{operator}: expected {name} to be a finite number {'>=' if or_equal else '>'} {low:g}, got {value!r}"
+        )
+    return float(value)
+
+
+def check_temperature(operator: str, temperature: float) -> float:
+    return check_number(operator, "temperature", temperature, 0, or_equal=False)
+
+
+def check_beside(operator: str, name: str, tensor: Tensor, features: Tensor) -> None:
+    """An error unless the argument is a tensor on the features' device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
+    if tensor.device != features.device:
+        raise ValueError(
+            f"{operator}: expected {name} on the features' device {features.device}, got {tensor.device}; "
+            f"move it with {name}.to({str(features.device)!r})"
+        )
+
+
+def check_real(operator: str, name: str, tensor: Tensor, features: Tensor) -> None:
+    check_beside(operator, name, tensor, features)
+    if tensor.dtype not in _library.FLOAT_DTYPES and tensor.dtype not in _INTEGERS:
+        raise TypeError(
+            f"{operator}: expected {name} to hold floating numbers or integers, got {tensor.dtype}; "
+            f"convert it with {name}.float()"
+        )
+
+
+def integer_rows(operator: str, name: str, labels: Tensor, count: int, symbol: str, features: Tensor) -> Tensor:
+    """Labels or ids ``[count]`` as int64."""
+    check_beside(operator, name, labels, features)
+    if labels.dtype not in _INTEGERS:
+        raise TypeError(f"{operator}: expected {name} to be integers, got {labels.dtype}; use {name}.long()")
+    if labels.shape != (count,):
+        raise ValueError(f"{operator}: expected {name} of shape [{symbol}] = [{count}], got {list(labels.shape)}")
+    return labels.long().contiguous()
+
+
+def check_constant(operator: str, name: str, tensor: Tensor) -> None:
+    """An error for an argument that has no gradient but seems to be trained."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{operator}: {name} has no gradient; pass {name}.detach()")
+
+
+def name_of(codes: dict[Any, int], code: int) -> Any:
+    """The option for which the schema has this integer."""
+    return next(name for name, value in codes.items() if value == code)
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether values are checked: those of the CPU always, others where ``PYREG_CHECKS=1`` asks for it. Not while
+    tracing, nor inside of ``torch.func``, where a tensor may stand for many."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta:
+        return False
+    return tensor.is_cpu or _library.checks_values()
+
+
+def check_finite(operator: str, name: str, tensor: Tensor) -> None:
+    # The sum of finite numbers is finite but for an overflow: one cheap pass.
+    if math.isfinite(tensor.sum().item()):
+        return
+    wrong = tensor[~tensor.isfinite()]
+    if wrong.numel() > 0:
+        raise ValueError(f"{operator}: expected finite numbers in {name}, got {wrong[0].item()}")
+
+
+def loss_dtype(features: Tensor) -> torch.dtype:
+    """float32 under autocast, as torch's own losses; else the features' own."""
+    if features.dtype != torch.float64 and _library.is_autocast(features):
+        return torch.float32
+    return features.dtype
+
+
+def loss_of_no_rows(features: Tensor, reduction: int) -> Tensor:
+    """0, or ``[0]`` for reduction none, that features ``[0, D]`` lead to."""
+    rows = features.to(loss_dtype(features)).sum(1)
+    return rows if reduction == 0 else rows.sum()
+
+
+# ---- kernels ----
+
+
+def on_cuda(name: str) -> Callable[..., Any]:
+    """``pyreg::<name>`` for CUDA tensors."""
+
+    def operation(first: Tensor, *args: Any) -> Any:
+        return getattr(_kernels(first), name)(first, *args)
+
+    return operation
+
+
+def _kernels(tensor: Tensor) -> ModuleType:
+    """Where CUDA's operators come from: Triton's kernels, or torch's own operators in float64 and without Triton."""
+    if tensor.dtype != torch.float64 and _has_triton_kernels():
+        return importlib.import_module("pyreg.triton_kernels.contrastive")
+    return _pairs
+
+
+@functools.cache
+def _has_triton_kernels() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("triton", "pyreg.triton_kernels.contrastive"))
+
+
+# ---- a loss of features against themselves ----
+
+
+class SymmetricLoss:
+    """A differentiable operator of features against themselves: ConR, SupCon.
+
+    Its arguments are tensors, the features first, then numbers, and then ``reduction, loss_dtype, first_row, row_count,
+    with_gradient``; its results the loss, the rows' statistics, and the features' gradient where the forward pass was
+    asked for it.
+
+    Args:
+        name: the operator; its gradient is ``<name>_backward``.
+        tensors: the names of its tensors.
+        numbers: how many there are.
+        reference: the dense loss of ``(*tensors, *numbers, reduction)``, which create_graph differentiates.
+        divisor: what a mean divides by, from the statistics of all rows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        tensors: tuple[str, ...],
+        numbers: int,
+        reference: Callable[..., Tensor],
+        divisor: Callable[[Tensor], Tensor | int],
+    ) -> None:
+        self.tensors, self._numbers, self._reference, self.divisor = tensors, numbers, reference, divisor
+        self.forward, self.backward = _library.operator(name), _library.operator(f"{name}_backward")
+        _library.fake(name)(_fake_symmetric)
+        _library.fake(f"{name}_backward")(_fake_symmetric_backward)
+        _library.vmap_one_by_one(name)
+        _library.vmap_one_by_one(f"{name}_backward")
+        self._differentiable = _library.differentiable(name, setup_context=self._setup, backward=self._backward)
+
+    def __call__(self, features: Tensor, others: Tensors, numbers: tuple[Any, ...], reduction: int) -> Tensor:
+        count = features.shape[0]
+        with_gradient = (
+            reduction != 0 and count <= _ONE_TILE_ROWS and features.requires_grad and torch.is_grad_enabled()
+        )
+        options = (reduction, loss_dtype(features), 0, count, with_gradient)
+        return self._differentiable(features, *others, *numbers, *options)[0]  # type: ignore[no-any-return]
+
+    def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, statistics, gradient = output
+        ctx.mark_non_differentiable(statistics, gradient)
+        ctx.set_materialize_grads(False)
+        first_number = len(self.tensors)
+        ctx.once = getattr(ctx, "is_eager", False)
+        if ctx.once:  # held where the first backward pass can let go of it
+            ctx.gradient = gradient
+        ctx.save_for_backward(*inputs[:first_number], statistics, None if ctx.once else gradient)
+        ctx.numbers = inputs[first_number : first_number + self._numbers]
+        ctx.reduction, ctx.loss_dtype, _, _, ctx.with_gradient = inputs[-5:]
+
+    def _backward(self, ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        no_others = (None,) * (len(self.tensors) + self._numbers + 4)
+        if grad_loss is None:
+            return None, *no_others
+        features, *others, statistics, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return self._dense_gradient(ctx, grad_loss, features, others), *no_others
+        if ctx.once:
+            gradient = ctx.gradient
+        if ctx.with_gradient and gradient is not None:
+            if ctx.once and not _library.is_batched(grad_loss):
+                ctx.gradient = None
+                scale_rows_(gradient, grad_loss.to(gradient.dtype))
+            else:
+                gradient = gradient * grad_loss
+            return gradient.to(features.dtype), *no_others
+        count = features.shape[0]
+        rows = self.upstream(grad_loss, statistics, ctx.reduction)
+        return self.backward(rows, features, *others, statistics, *ctx.numbers, 0, count), *no_others
+
+    def upstream(self, grad_loss: Tensor, statistics: Tensor, reduction: int) -> Tensor:
+        """The upstream gradient ``[N]`` of each row's loss."""
+        rows = grad_loss.to(statistics.dtype)
+        if reduction == 1:
+            rows = rows / self.divisor(statistics)
+        return rows.expand(statistics.shape[1]).contiguous()
+
+    def _dense_gradient(self, ctx: Any, grad_loss: Tensor, features: Tensor, others: Sequence[Tensor | None]) -> Tensor:
+        """For create_graph and torch.func: the reference's, which both can differentiate further."""
+
+        def loss(x: Tensor) -> Tensor:
+            return self._reference(x, *others, *ctx.numbers, ctx.reduction).to(ctx.loss_dtype)
+
+        with torch.autocast(features.device.type, enabled=False):
+            pullback = torch.func.vjp(loss, features)[1]
+            gradient: Tensor = pullback(grad_loss)[0]
+        return gradient
+
+    def of_all_ranks(
+        self,
+        operator: str,
+        group: dist.ProcessGroup,
+        features: Tensor,
+        others: Tensors,
+        numbers: tuple[Any, ...],
+        reduction: int,
+    ) -> Tensor:
+        """The loss of the group's rows together."""
+        arguments = (self, operator, group, numbers, reduction, loss_dtype(features), features, *others)
+        return _SymmetricLossOfAllRanks.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _SymmetricLossOfAllRanks(torch.autograd.Function):
+    """Each rank computes its own rows of the pairs, against the gathered columns of all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: SymmetricLoss,
+        operator: str,
+        group: dist.ProcessGroup,
+        numbers: tuple[Any, ...],
+        reduction: int,
+        dtype: torch.dtype,
+        features: Tensor,
+        *others: Tensor | None,
+    ) -> Tensor:
+        local = (features, *others)
+        ranks = Ranks(operator, group, dict(zip(loss.tensors, local, strict=True)))
+        if ranks.total == 0:
+            return features.new_zeros(() if reduction else (0,), dtype=dtype)
+        tensors = [None if tensor is None else ranks.gather(tensor) for tensor in local]
+        total, own = _library.accumulate_dtype(features.dtype), (ranks.first_row, len(features))
+        losses, statistics, _ = loss.forward(*tensors, *numbers, 0, total, *own, False)
+        table = ranks.gather(torch.cat([statistics, losses.unsqueeze(0)]).t()).t().contiguous()  # [4, N]
+        statistics = table[:3]
+        ctx.save_for_backward(*tensors, statistics)
+        ctx.loss, ctx.ranks, ctx.own, ctx.numbers, ctx.reduction = loss, ranks, own, numbers, reduction
+        if reduction != 0:
+            losses = table[3].sum()
+        if reduction == 1:
+            losses = losses / loss.divisor(statistics)
+        return losses.to(dtype)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.saved_tensors:  # no rank has a row
+            return (None,) * len(ctx.needs_input_grad)
+        *tensors, statistics = ctx.saved_tensors
+        ranks: Ranks = ctx.ranks
+        # DistributedDataParallel divides by the number of ranks.
+        grad_loss = ranks.world_size * grad_loss.to(statistics.dtype)
+        rows = ctx.loss.upstream(
+            ranks.gather(grad_loss) if ctx.reduction == 0 else grad_loss, statistics, ctx.reduction
+        )
+        gradient = ctx.loss.backward(rows, *tensors, statistics, *ctx.numbers, *ctx.own)
+        return *(None,) * 6, gradient, *(None,) * (len(tensors) - 1)
+
+
+def _fake_symmetric(features: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduction, dtype, _, row_count, with_gradient = options[-5:]
+    total = _library.accumulate_dtype(features.dtype)
+    return (
+        features.new_empty((row_count,) if reduction == 0 else (), dtype=dtype),
+        features.new_empty((3, row_count), dtype=total),
+        features.new_empty(features.shape if with_gradient else (0,), dtype=total),
+    )
+
+
+def _fake_symmetric_backward(grad_rows: Tensor, features: Tensor, *options: Any) -> Tensor:
+    return features.new_empty((options[-1], features.shape[1]))
