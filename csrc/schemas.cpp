@@ -54,8 +54,8 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "rescale_steps_(Tensor(a!)[] vs, Tensor[] old_vs, Tensor[] constants, float[] numbers, int[] a, int[] b, "
       "int kind) -> ()");
 
-  // ConR: csrc/conr, pyreg/ops/conr.py. `statistics` [3, rows] of this family holds what the gradient takes of each row:
-  // the log of its denominator and the weights of its two terms (csrc/core/pairs.h).
+  // ConR: csrc/conr, pyreg/ops/conr.py. `statistics` [3, rows] of this family holds what the gradient takes of each
+  // row: the log of its denominator and the weights of its two terms (csrc/core/pairs.h).
   library.def(
       "conr(Tensor features, Tensor targets, Tensor preds, Tensor? weights, float window, float temperature, float "
       "eta, int variant, int label_norm, int reduction, ScalarType loss_dtype, int first_row, int row_count, bool "

@@ -41,7 +41,6 @@ struct OneLabel {
   A window_;
 };
 
-
 // Any number of labels a row, under a norm.
 template <typename Scores, typename Label>
 struct ManyLabels {
@@ -82,8 +81,7 @@ struct ManyLabels {
   Vector<Label> norm(const Row& row, int64_t j) const {
     Vector<Label> total{};
     for (int64_t k = 0; k < count_; ++k) {
-      const Vector<Label> d =
-          absolute(rows_[k * row_stride_ + row.index] - load(columns_ + k * column_stride_ + j));
+      const Vector<Label> d = absolute(rows_[k * row_stride_ + row.index] - load(columns_ + k * column_stride_ + j));
       if (norm_ == 1) {
         total += d;
       } else if (norm_ == 2) {
@@ -136,7 +134,11 @@ struct ConrPairs {
     const Vector<A> push = push_constant + push_slope * d.value;
     const Vector<A> one = broadcast(A(1));
     const Vector<A> column_weight = load(static_cast<const A*>(args_.column.weights) + j);
-    return {positive | negative, positive, exponent, exponent, negative ? row.weight * push : one,
+    return {positive | negative,
+            positive,
+            exponent,
+            exponent,
+            negative ? row.weight * push : one,
             negative ? column_weight * push : one};
   }
 

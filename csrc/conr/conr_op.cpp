@@ -1,8 +1,8 @@
 // ConR's operators on the CPU: rows in the order of their labels, tiles of their pairs, results in the caller's order.
 //
 // In that order positives are a band around the diagonal, and the targets and predictions of a block of rows lie within
-// bounds. Where the bounds of rows and columns are further apart than the window, in targets and in predictions, no pair
-// of them is positive or negative: the block's products and exponentials are left out.
+// bounds. Where the bounds of rows and columns are further apart than the window, in targets and in predictions, no
+// pair of them is positive or negative: the block's products and exponentials are left out.
 #include <cmath>
 
 #include "conr/conr.h"
@@ -22,16 +22,18 @@ struct Bounds {
 // Targets or predictions: [N, K].
 class Labels {
  public:
-  Labels(const Tensor& labels, int32_t norm) : labels_(labels), count_(labels.size(1)), norm_(norm) {}
+  Labels(const Tensor& labels, int32_t norm)
+      : labels_(labels), dtype_(dtype_of(labels.scalar_type(), "conr")), count_(labels.size(1)), norm_(norm) {}
 
+  Dtype dtype() const { return dtype_; }
   int64_t count() const { return count_; }
-  double at(int64_t source, int64_t k) const { return element(labels_, source * count_ + k); }
+  double at(int64_t source, int64_t k) const { return labels_[source * count_ + k]; }
 
   // [K, count + padding]
   template <typename Source>
   std::vector<char> array(int64_t count, Source&& source) const {
     const int64_t stride = count + kPairPadding;
-    return padded_array(dtype_of(labels_.scalar_type(), "conr"), count == 0 ? 0 : stride * count_ - kPairPadding,
+    return padded_array(dtype_, count == 0 ? 0 : stride * count_ - kPairPadding,
                         [&](int64_t i) { return at(source(std::min(i % stride, count - 1)), i / stride); });
   }
 
@@ -68,7 +70,8 @@ class Labels {
     double value() const { return norm == 2 ? std::sqrt(total) : total; }
   };
 
-  const Tensor& labels_;
+  Numbers labels_;
+  Dtype dtype_;
   int64_t count_;
   int32_t norm_;
 };
@@ -86,7 +89,7 @@ class Problem : public SelfPairs {
   Problem(const char* name, const Tensor& features, const Tensor& targets, const Tensor& preds,
           const std::optional<Tensor>& weights, const Options& options)
       : SelfPairs(name, features, true, options.temperature, options.first_row, options.row_count),
-        weights_(weights),
+        weights_(weights ? std::optional<Numbers>(*weights) : std::nullopt),
         variant_(static_cast<ConrVariant>(options.variant)),
         targets_(checked_labels(targets, targets), static_cast<int32_t>(options.label_norm)),
         preds_(checked_labels(preds, targets), static_cast<int32_t>(options.label_norm)) {
@@ -95,7 +98,7 @@ class Problem : public SelfPairs {
                   name, "expected contiguous weights of shape [N] in the features' accumulation dtype");
     PYREG_REQUIRE(options.variant >= 0 && options.variant <= 2 && options.label_norm >= 0 && options.label_norm <= 2,
                   name, "expected variant and label_norm to be 0, 1 or 2");
-    args_.label_dtype = dtype_of(targets.scalar_type(), name);
+    args_.label_dtype = targets_.dtype();
     args_.labels = targets_.count();
     args_.label_norm = static_cast<int32_t>(options.label_norm);
     args_.window = options.window;
@@ -127,8 +130,8 @@ class Problem : public SelfPairs {
     const Bounds target = targets_.bounds(rows, source), pred = preds_.bounds(rows, source);
     std::vector<Span> spans;
     for (int64_t block = begin / kBlockColumns; block * kBlockColumns < count(); ++block) {
-      const bool is_empty = targets_.gap(target, target_blocks_[block]) > reach_ &&
-                            preds_.gap(pred, pred_blocks_[block]) > reach_;
+      const bool is_empty =
+          targets_.gap(target, target_blocks_[block]) > reach_ && preds_.gap(pred, pred_blocks_[block]) > reach_;
       if (is_empty) continue;
       const int64_t first = std::max(begin, block * kBlockColumns);
       const int64_t end = std::min(count(), (block + 1) * kBlockColumns);
@@ -153,7 +156,7 @@ class Problem : public SelfPairs {
     return labels;
   }
 
-  double weight(int64_t source) const { return weights_ ? element(*weights_, source) : 1; }
+  double weight(int64_t source) const { return weights_ ? (*weights_)[source] : 1; }
 
   // By the first label, then by its prediction, so that bounds are narrow in both; NaN, which has no place, last.
   std::vector<int64_t> order_of_labels() const {
@@ -190,7 +193,7 @@ class Problem : public SelfPairs {
     args_.is_bounded = 2 * args_.scale + std::abs(push) <= kBoundedRange;
   }
 
-  const std::optional<Tensor>& weights_;
+  std::optional<Numbers> weights_;
   ConrVariant variant_;
   Labels targets_, preds_;
   std::vector<Bounds> target_blocks_, pred_blocks_;

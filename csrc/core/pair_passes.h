@@ -1,8 +1,8 @@
 // The two passes over a tile of scores, as templates of what a pair means; see core/pairs.h.
 //
-// `Pairs` names the scores' type A, and for a row and a vector of columns gives PairTerms. Rows are shared out in blocks
-// of kPairBlockRows; within a block, columns are taken kColumnsAtOnce at a time so that what is read and summed of them
-// stays in the first-level cache while the rows pass by. Sums of a vector's lanes are of type A over at most
+// `Pairs` names the scores' type A, and for a row and a vector of columns gives PairTerms. Rows are shared out in
+// blocks of kPairBlockRows; within a block, columns are taken kColumnsAtOnce at a time so that what is read and summed
+// of them stays in the first-level cache while the rows pass by. Sums of a vector's lanes are of type A over at most
 // kColumnsAtOnce / lanes (rows) or kPairBlockRows (columns) terms, and double beyond.
 #pragma once
 
@@ -20,7 +20,7 @@ using Code = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
 
 template <typename A>
 struct PairTerms {
-  Mask<A> active, positive;  // all bits set or none
+  Mask<A> active, positive;                 // all bits set or none
   Vector<A> row_exponent, column_exponent;  // added to the score, in the row's and the column's denominator
   Vector<A> row_factor, column_factor;      // of exp
 };
@@ -226,7 +226,8 @@ void statistics_of_block(const PairArgs& args, const Pairs& pairs, const Tile<ty
             e_of_column = keep<A>(terms.active, exponential(s + terms.column_exponent - column_shift));
           }
           store(columns.sum() + j, load(columns.sum() + j) + e_of_column * terms.column_factor);
-          store(columns.positive_sum() + j, load(columns.positive_sum() + j) + keep<A>(terms.positive, s + terms.column_exponent));
+          store(columns.positive_sum() + j,
+                load(columns.positive_sum() + j) + keep<A>(terms.positive, s + terms.column_exponent));
           const auto count = [j](Code<A>* counts, Mask<A> mask) {
             const Mask<A> counted = load_codes<A>(counts + j) - mask;
             memcpy(counts + j, &counted, sizeof(counted));

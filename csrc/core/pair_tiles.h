@@ -108,11 +108,21 @@ std::vector<char> padded_array(Dtype dtype, int64_t count, Get&& get) {
   return bytes;
 }
 
-// An element of a float32 or float64 tensor.
-inline double element(const Tensor& tensor, int64_t i) {
-  return tensor.scalar_type() == ScalarType::Double ? static_cast<const double*>(tensor.const_data_ptr())[i]
-                                                    : static_cast<const float*>(tensor.const_data_ptr())[i];
-}
+// The elements of a contiguous float32 or float64 tensor.
+class Numbers {
+ public:
+  explicit Numbers(const Tensor& tensor)
+      : tensor_(tensor), data_(tensor.const_data_ptr()), is_double_(tensor.scalar_type() == ScalarType::Double) {}
+
+  double operator[](int64_t i) const {
+    return is_double_ ? static_cast<const double*>(data_)[i] : static_cast<const float*>(data_)[i];
+  }
+
+ private:
+  Tensor tensor_;  // which keeps the memory alive
+  const void* data_;
+  bool is_double_;
+};
 
 // Equal numbers for equal values, in the integer type beside the scores' (PairSide::codes).
 class Codes {
@@ -151,9 +161,7 @@ struct PairSumsMemory {
         positives(maximum.size()),
         negatives(maximum.size()) {}
 
-  PairSums pointers() {
-    return {maximum.data(), sum.data(), positive_sum.data(), positives.data(), negatives.data()};
-  }
+  PairSums pointers() { return {maximum.data(), sum.data(), positive_sum.data(), positives.data(), negatives.data()}; }
 };
 
 // What the gradient pass takes of rows whose statistics are known: lse and the weights of the two terms.
@@ -269,7 +277,8 @@ void pair_statistics(PairArgs& args, PanelMemory& memory, const UnitRows& rows, 
   });
 }
 
-// Adds H z to the totals of the rows and of the columns; null where not needed. Where is_upper both are the same tensor.
+// Adds H z to the totals of the rows and of the columns; null where not needed. Where is_upper both are the same
+// tensor.
 inline void add_gradient_of_panel(const PairArgs& args, const PanelMemory& memory, const UnitRows& rows,
                                   const UnitRows& columns, const Tensor* row_total, const Tensor* column_total) {
   const Span row_span{args.first_row, args.rows}, column_span{args.first_column, args.columns};
@@ -297,38 +306,39 @@ void pair_gradient(PairArgs& args, PanelMemory& memory, const UnitRows& rows, co
 
 // ---- results ----
 
-// Writes the rows' losses or their sum over `divisor`, in the loss's dtype.
-inline void store_element(Tensor& tensor, Dtype dtype, int64_t i, double value) {
-  dispatch_dtype(dtype, [&](auto tag) {
+// A tensor with elements get(i) in the order of its memory.
+template <typename Get>
+Tensor tensor_of(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like, Get&& get) {
+  Tensor result = empty(sizes, type, like);
+  const int64_t count = result.numel();
+  void* const data = result.mutable_data_ptr();
+  dispatch_dtype(dtype_of(type, "pairs"), [&](auto tag) {
     using Storage = typename decltype(tag)::type;
-    static_cast<Storage*>(tensor.mutable_data_ptr())[i] = narrow<Storage>(static_cast<Accumulate<Storage>>(value));
+    for (int64_t i = 0; i < count; ++i) {
+      static_cast<Storage*>(data)[i] = narrow<Storage>(static_cast<Accumulate<Storage>>(get(i)));
+    }
   });
+  return result;
 }
 
 // [3, rows] in the accumulation dtype.
 inline Tensor statistics_of(const std::vector<PairRow>& rows, ScalarType type, const Tensor& like) {
   const auto count = static_cast<int64_t>(rows.size());
-  Tensor result = empty({3, count}, type, like);
-  for (int64_t i = 0; i < 3 * count; ++i) {
-    store_element(result, dtype_of(type, "pairs"), i, rows[i % count].statistic(i / count));
-  }
-  return result;
+  return tensor_of({3, count}, type, like, [&](int64_t i) { return rows[i % count].statistic(i / count); });
 }
 
 enum class Reduction : int64_t { none, mean, sum };
 
+// The rows' losses, or their sum, over `divisor` for the mean.
 inline Tensor reduce_losses(const std::vector<double>& losses, int64_t reduction, double divisor, ScalarType type,
                             const Tensor& like) {
-  const Dtype dtype = dtype_of(type, "pairs");
   if (static_cast<Reduction>(reduction) == Reduction::none) {
-    Tensor result = empty({static_cast<int64_t>(losses.size())}, type, like);
-    for (size_t i = 0; i < losses.size(); ++i) store_element(result, dtype, static_cast<int64_t>(i), losses[i]);
-    return result;
+    const auto count = static_cast<int64_t>(losses.size());
+    return tensor_of({count}, type, like, [&](int64_t i) { return losses[i]; });
   }
   const double sum = std::accumulate(losses.begin(), losses.end(), 0.0);
-  Tensor result = empty({}, type, like);
-  store_element(result, dtype, 0, static_cast<Reduction>(reduction) == Reduction::mean ? sum / divisor : sum);
-  return result;
+  const double loss = static_cast<Reduction>(reduction) == Reduction::mean ? sum / divisor : sum;
+  return tensor_of({}, type, like, [&](int64_t) { return loss; });
 }
 
 }  // namespace pyreg

@@ -53,11 +53,11 @@ struct PairSide {
 };
 
 struct PairArgs {
-  Dtype dtype;  // float64 or float32, of the scores
+  Dtype dtype;   // float64 or float32, of the scores
   void* scores;  // [rows, columns], raw products; the gradient pass overwrites them with H
   int64_t scores_stride;
   int64_t first_row, rows, first_column, columns;
-  bool is_upper;  // rows and columns are the same: only pairs with column > row count, and count for both
+  bool is_upper;     // rows and columns are the same: only pairs with column > row count, and count for both
   bool has_columns;  // statistics: the columns' sums too. gradient: G_ji too
   bool is_bounded;
   double scale;  // 1 / tau
@@ -71,7 +71,7 @@ struct PairArgs {
   int64_t labels;  // K
   int32_t label_norm;
   double window;
-  double push_rate;      // r = w exp(push_rate d) (push_constant + push_slope d)
+  double push_rate;  // r = w exp(push_rate d) (push_constant + push_slope d)
   double push_constant, push_slope;
 };
 

@@ -120,8 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> self_pairs_forward(Problem& problem, int64_t 
   const bool is_mean = static_cast<Reduction>(reduction) == Reduction::mean;
   PYREG_REQUIRE(!with_gradient || (args.is_upper && problem.count() <= kOnePanelRows &&
                                    static_cast<Reduction>(reduction) != Reduction::none),
-                problem.name(), "expected with_gradient for at most ", kOnePanelRows,
-                " rows and a reduced loss only");
+                problem.name(), "expected with_gradient for at most ", kOnePanelRows, " rows and a reduced loss only");
   const ScalarType type = accumulate_type(problem.dtype());
   const Dtype dtype = accumulate(problem.dtype());
   Tensor gradient = with_gradient ? empty({problem.count(), problem.features().size(1)}, type, problem.features())
@@ -171,11 +170,11 @@ Tensor self_pairs_backward(Problem& problem, const Tensor& grad_rows, const Tens
                 problem.name(), "expected statistics of shape [3, N] in the features' accumulation dtype");
   Tensor gradient = empty({row_count, features.size(1)}, features.scalar_type(), features);
   if (row_count == 0) return gradient;
-  const Tensor upstream = as_contiguous(grad_rows), known = as_contiguous(statistics);
+  const Numbers upstream(as_contiguous(grad_rows)), known(as_contiguous(statistics));
   PairArgs& args = problem.args();
   const auto weights = self_pair_weights(
-      problem, [&](int64_t field, int64_t i) { return element(known, field * count + i); },
-      [&](int64_t i) { return element(upstream, i); });
+      problem, [&](int64_t field, int64_t i) { return known[field * count + i]; },
+      [&](int64_t i) { return upstream[i]; });
   set_weights(args, weights);
   args.has_columns = true;
   const UnitRows columns = problem.unit_columns();

@@ -36,8 +36,8 @@ class Problem {
     args_.has_columns = has_columns;
     set_partners(offset);
     set_ids(rows.ids, columns.ids);
-    // Scores of the rows' direction lie within 1 / tau of the exponents. Bounded ones share one exponential between both
-    // directions, of which only one has log_q.
+    // Scores of the rows' direction lie within 1 / tau of the exponents. Bounded ones share one exponential between
+    // both directions, of which only one has log_q.
     const auto [lowest, highest] = set_exponents(log_q);
     args_.is_bounded = normalize && 2 * args_.scale + (highest - lowest) <= kBoundedRange && !(log_q && has_columns);
     args_.shift = args_.scale + highest;
@@ -51,9 +51,7 @@ class Problem {
   UnitRows unit_columns() const { return UnitRows(column_features_, dtype_, {}, normalize_); }
   auto all_columns() const { return dense_columns(args_, column_count()); }
 
-  PairRow row(const PairSums& sums, int64_t i) const {
-    return info_nce_row(sums, i, args_.is_bounded, args_.shift);
-  }
+  PairRow row(const PairSums& sums, int64_t i) const { return info_nce_row(sums, i, args_.is_bounded, args_.shift); }
 
  private:
   void set_partners(int64_t offset) {
@@ -68,9 +66,9 @@ class Problem {
     PYREG_REQUIRE(row_ids.has_value() == column_ids.has_value(), name_, "expected both query_ids and key_ids or none");
     if (!row_ids) return;
     const auto values = [&](const Tensor& ids, int64_t count) {
-      PYREG_REQUIRE(ids.dim() == 1 && ids.size(0) == count && ids.is_contiguous() &&
-                        ids.scalar_type() == ScalarType::Long,
-                    name_, "expected contiguous int64 ids, one a row");
+      PYREG_REQUIRE(
+          ids.dim() == 1 && ids.size(0) == count && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long, name_,
+          "expected contiguous int64 ids, one a row");
       return std::span(static_cast<const int64_t*>(ids.const_data_ptr()), static_cast<size_t>(count));
     };
     const auto rows = values(*row_ids, row_count()), columns = values(*column_ids, column_count());
@@ -87,9 +85,10 @@ class Problem {
     PYREG_REQUIRE(log_q->dim() == 1 && log_q->size(0) == count && log_q->is_contiguous() &&
                       log_q->scalar_type() == accumulate_type(dtype_),
                   name_, "expected contiguous log_q of shape [M] in the features' accumulation dtype");
+    const Numbers log_probabilities(*log_q);
     double lowest = INFINITY, highest = -INFINITY;
     exponents_ = padded_array(args_.dtype, count, [&](int64_t i) {
-      const double exponent = -element(*log_q, i);
+      const double exponent = -log_probabilities[i];
       lowest = std::fmin(lowest, exponent);
       highest = std::fmax(highest, exponent);
       return exponent;
@@ -136,9 +135,9 @@ class Gradients {
   std::optional<Tensor> row_total_, column_total_;
 };
 
-// Statistics of rows and columns; with `gradients`, those of `upstream` times all rows' losses too: a panel of all columns
-// knows its rows' statistics, and with them the gradient of its scores in the rows' direction, so that no product is
-// made twice. In both directions that holds only where the panel is the only one.
+// Statistics of rows and columns; with `gradients`, those of `upstream` times all rows' losses too: a panel of all
+// columns knows its rows' statistics, and with them the gradient of its scores in the rows' direction, so that no
+// product is made twice. In both directions that holds only where the panel is the only one.
 void run_forward(Problem& problem, Rows& rows, Rows& columns, const UnitRows& unit_rows, const UnitRows& unit_columns,
                  const Gradients* gradients, double upstream) {
   PairArgs& args = problem.args();
@@ -203,11 +202,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(Tensor query, Tensor
     const UnitRows unit_rows = problem.unit_rows(), unit_columns = problem.unit_columns();
     std::optional<Gradients> gradients;
     if (has_gradient) {
-      gradients.emplace(unit_rows, unit_columns, with_gradient[by_query ? 0 : 1],
-                        with_gradient[by_query ? 1 : 0]);
+      gradients.emplace(unit_rows, unit_columns, with_gradient[by_query ? 0 : 1], with_gradient[by_query ? 1 : 0]);
     }
-    const double upstream = (static_cast<Reduction>(reduction) == Reduction::mean ? 1 / divisor : 1) /
-                            (is_symmetric ? 2 : 1);
+    const double upstream =
+        (static_cast<Reduction>(reduction) == Reduction::mean ? 1 / divisor : 1) / (is_symmetric ? 2 : 1);
     run_forward(problem, rows, columns, unit_rows, unit_columns, gradients ? &*gradients : nullptr, upstream);
     if (gradients) {
       gradients->write(problem.args().dtype, by_query ? grad_query : grad_key, by_query ? grad_key : grad_query);
@@ -228,26 +226,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(Tensor query, Tensor
 std::tuple<Tensor, Tensor> info_nce_backward(Tensor grad_queries, Tensor grad_keys, Tensor query, Tensor key,
                                              std::optional<Tensor> log_q, std::optional<Tensor> query_ids,
                                              std::optional<Tensor> key_ids, Tensor query_statistics,
-                                             Tensor key_statistics, double temperature, bool normalize,
-                                             int64_t offset, std::vector<bool> needs_grad) {
+                                             Tensor key_statistics, double temperature, bool normalize, int64_t offset,
+                                             std::vector<bool> needs_grad) {
   constexpr const char* kName = "info_nce_backward";
   PYREG_REQUIRE(needs_grad.size() == 2, kName, "expected needs_grad of two");
   const bool by_query = query_statistics.size(-1) > 0, by_key = key_statistics.size(-1) > 0;
   const std::optional<Tensor> none;
   const Problem::Side queries{query, query_ids}, keys{key, key_ids};
-  Problem problem(kName, by_query ? queries : keys, by_query ? keys : queries, by_query ? log_q : none,
-                  temperature, normalize, by_query ? offset : -offset, by_query && by_key);
+  Problem problem(kName, by_query ? queries : keys, by_query ? keys : queries, by_query ? log_q : none, temperature,
+                  normalize, by_query ? offset : -offset, by_query && by_key);
   PairArgs& args = problem.args();
   const auto weights_of = [&](const Tensor& grad, const Tensor& statistics, int64_t count) {
     const ScalarType type = accumulate_type(problem.dtype());
     PYREG_REQUIRE(grad.dim() == 1 && grad.size(0) == count && grad.scalar_type() == type && statistics.dim() == 2 &&
                       statistics.size(0) == 3 && statistics.size(1) == count && statistics.scalar_type() == type,
                   kName, "expected gradients of shape [N] and statistics of shape [3, N] in the accumulation dtype");
-    const Tensor upstream = as_contiguous(grad), known = as_contiguous(statistics);
+    const Numbers upstream(as_contiguous(grad)), known(as_contiguous(statistics));
     PairWeights weights(args.dtype, count);
     weights.fill(
-        args, {0, count}, [&](int64_t field, int64_t i) { return element(known, field * count + i); },
-        [&](int64_t i) { return element(upstream, i); });
+        args, {0, count}, [&](int64_t field, int64_t i) { return known[field * count + i]; },
+        [&](int64_t i) { return upstream[i]; });
     return weights;
   };
   Tensor grad_query = empty_gradient(query, needs_grad[0], query.scalar_type());

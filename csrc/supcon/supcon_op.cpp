@@ -40,8 +40,8 @@ class Problem : public SelfPairs {
 };
 
 std::tuple<Tensor, Tensor, Tensor> supcon(Tensor features, Tensor labels, double temperature, bool normalize,
-                                          int64_t reduction, ScalarType loss_type, int64_t first_row,
-                                          int64_t row_count, bool with_gradient) {
+                                          int64_t reduction, ScalarType loss_type, int64_t first_row, int64_t row_count,
+                                          bool with_gradient) {
   Problem problem("supcon", features, labels, temperature, normalize, first_row, row_count);
   return self_pairs_forward(problem, reduction, loss_type, with_gradient);
 }

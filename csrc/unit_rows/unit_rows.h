@@ -19,12 +19,12 @@ struct UnitRowsArgs {
   const int64_t* order;  // [count] which of the features is row i; null: i itself
   int64_t count, width;
   bool normalize;
-  void* rows;           // [count, width] in the accumulation type: z
+  void* rows;            // [count, width] in the accumulation type: z
   double* inverse_norm;  // [count] 1 / max(|f|, 1e-12); negative where |f| < 1e-12
 };
 
 struct UnitRowsBackwardArgs {
-  Dtype dtype;  // of grad_features
+  Dtype dtype;            // of grad_features
   const void* rows;       // [count, width] z
   const void* grad_rows;  // [count, width] dz, as z
   const double* inverse_norm;
