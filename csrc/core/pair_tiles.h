@@ -24,6 +24,10 @@ namespace pyreg {
 constexpr int64_t kPanelRows = 128;
 constexpr int64_t kPanelColumns = 2048;
 
+// Panels of all columns: 16 MB of float, or fewer rows, down to where products would slow down.
+constexpr int64_t kMostScores = int64_t{1} << 22;
+constexpr int64_t kLeastPanelRows = 32;
+
 // As many rows as this are one panel: all their scores and their gradient are formed at once.
 constexpr int64_t kOnePanelRows = 512;
 
@@ -218,7 +222,8 @@ struct PanelMemory {
   PanelMemory(const PairArgs& args, int64_t rows, int64_t columns, const Tensor& like, bool has_whole_rows = false)
       : scores(like), workspace(like) {
     const bool is_one = is_one_panel(rows, columns);
-    panel_rows = is_one ? rows : std::min(rows, kPanelRows);
+    const int64_t fitting = has_whole_rows ? std::clamp(kMostScores / columns, kLeastPanelRows, kPanelRows) : kPanelRows;
+    panel_rows = is_one ? rows : std::min(rows, fitting);
     panel_columns = is_one || has_whole_rows ? columns : std::min(columns, kPanelColumns);
     stride = (panel_columns + 15) / 16 * 16 + kPairPadding;
     scores = empty({panel_rows * stride}, accumulate_type(args.dtype), like);
