@@ -82,4 +82,9 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "info_nce_backward(Tensor grad_queries, Tensor grad_keys, Tensor query, Tensor key, Tensor? log_q, Tensor? "
       "query_ids, Tensor? key_ids, Tensor query_statistics, Tensor key_statistics, float temperature, bool normalize, "
       "int offset, bool[2] needs_grad) -> (Tensor grad_query, Tensor grad_key)");
+
+  // Sinkhorn: csrc/sinkhorn, pyreg/ops/sinkhorn.py. Potentials hold eps log a and eps log b.
+  library.def(
+      "sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor log_a, Tensor log_b, Tensor? rho_a, Tensor? rho_b, Tensor epsilon, Tensor first_epsilon, "
+      "float epsilon_factor, bool is_counting, int max_iter, float tol, Tensor initial) -> (Tensor f, Tensor g, Tensor error, Tensor iterations)");
 }

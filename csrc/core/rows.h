@@ -36,7 +36,12 @@ class Scratch {
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  T* get() { return data_; }
+  T* get() const { return data_; }
+  void swap(Scratch& other) {
+    T* const data = data_;
+    data_ = other.data_;
+    other.data_ = data;
+  }
 
  private:
   T* data_;

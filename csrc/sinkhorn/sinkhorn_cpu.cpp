@@ -1,0 +1,382 @@
+// CPU kernel of Sinkhorn's iteration on a dense cost. Method and notation: sinkhorn.h.
+//
+// One problem is shared by the threads in blocks of rows, whose sums for the columns are added up in a fixed order; of a
+// batch of problems, each is one thread's. Four rows go together: v is loaded once for their sums, t once for what they
+// add to it. Bytes an iteration: K once from wherever it lies, and once more from the first-level cache.
+#include <cmath>
+
+#include "core/math.h"
+#include "core/parallel.h"
+#include "core/rows.h"
+#include "core/simd.h"
+#include "sinkhorn/sinkhorn.h"
+
+namespace pyreg::PYREG_ISA {
+
+namespace {
+
+// Scalings and sums of K beyond it ask for absorption: a float's square of it is still a number.
+template <typename A>
+constexpr A kWidest = sizeof(A) == 4 ? A(1e15) : A(1e100);
+
+constexpr int64_t kTogether = 4;     // rows
+constexpr int64_t kMostBlocks = 16;  // of rows: the most threads that share a problem
+
+// Below so many entries an iteration ends before a second thread has begun.
+constexpr int64_t kLeastShared = 1 << 16;
+
+template <typename A>
+class Problem {
+ public:
+  Problem(const SinkhornArgs& args, int64_t index, bool is_shared)
+      : args_(args),
+        n_(args.rows),
+        m_(args.columns),
+        stride_((args.columns + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
+        index_(index),
+        blocks_(is_shared ? (n_ / kTogether < kMostBlocks ? (n_ / kTogether > 0 ? n_ / kTogether : 1) : kMostBlocks)
+                          : 1),
+        cost_(static_cast<const A*>(args.cost) + index * n_ * m_),
+        kernel_(n_ * stride_),
+        u_(n_),
+        row_factor_(n_),
+        row_kappa_(n_),
+        v_(stride_),
+        next_v_(stride_),
+        partial_(blocks_ * stride_),
+        column_factor_(stride_),
+        column_kappa_(stride_),
+        shifted_(stride_),
+        maxima_(blocks_ * stride_),
+        errors_(blocks_),
+        is_wide_(blocks_) {}
+
+  void run() {
+    const double last = args_.epsilon[index_];
+    double epsilon = args_.first_epsilon[index_] > last ? args_.first_epsilon[index_] : last;
+    int64_t iteration = 0;
+    double error = INFINITY;
+    while (iteration < args_.max_iterations) {
+      const bool is_last = epsilon <= last;
+      set_epsilon(epsilon);
+      error = log_domain_iteration();
+      ++iteration;
+      build_kernel();
+      const int64_t end = is_last ? args_.max_iterations : iteration + kStageIterations;
+      bool has_kernel = true;
+      while (iteration < end && iteration < args_.max_iterations && !(is_last && error <= args_.tolerance)) {
+        if (!has_kernel) {
+          build_kernel();
+          has_kernel = true;
+        }
+        const bool is_sound = scaling_iteration(error);
+        ++iteration;
+        if (!is_sound) {
+          // The sums that were lost are found again on the cost, from the columns' potentials before.
+          absorb(args_.column, index_ * m_, m_, v_.get());
+          error = log_domain_iteration();
+          has_kernel = false;
+        } else if (needs_absorption()) {
+          absorb();
+          has_kernel = false;
+        }
+      }
+      if (has_kernel) absorb();
+      if (is_last) break;
+      epsilon = epsilon * args_.epsilon_factor > last ? epsilon * args_.epsilon_factor : last;
+    }
+    args_.error[index_] = error;
+    args_.iterations[index_] = iteration;
+  }
+
+ private:
+  static constexpr int64_t kStageIterations = 2;
+
+  double* row_potentials() const { return args_.row.potentials + index_ * n_; }
+  double* column_potentials() const { return args_.column.potentials + index_ * m_; }
+
+  int64_t first_row(int64_t block) const { return n_ * block / blocks_; }
+
+  template <typename Function>
+  void for_each_block(Function&& function) const {
+    parallel_for(blocks_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) function(block);
+    });
+  }
+
+  static double kappa(const SinkhornSide& side, int64_t i, double epsilon) {
+    if (side.rhos == nullptr || std::isinf(side.rhos[i])) return 1;
+    return side.rhos[i] / (side.rhos[i] + epsilon);
+  }
+
+  double target(const SinkhornSide& side, int64_t i) const {
+    return side.targets[i] * (args_.is_counting ? kappa(side, i, epsilon_) : 1);
+  }
+
+  void set_epsilon(double epsilon) {
+    epsilon_ = epsilon;
+    for (int64_t i = 0; i < n_; ++i) row_kappa_.get()[i] = static_cast<A>(kappa(args_.row, index_ * n_ + i, epsilon));
+    for (int64_t j = 0; j < m_; ++j) {
+      column_kappa_.get()[j] = static_cast<A>(kappa(args_.column, index_ * m_ + j, epsilon));
+    }
+    is_balanced_ = args_.row.rhos == nullptr && args_.column.rhos == nullptr;
+  }
+
+  // ---- by log-sum-exp on the cost ----
+
+  // x_j = (G_j - largest) / eps as A would lose what C and G have in common: kept as potentials, subtracted first.
+  double log_domain_iteration() {
+    const A scale = static_cast<A>(1 / epsilon_);
+    for (int64_t j = 0; j < m_; ++j) shifted_.get()[j] = static_cast<A>(column_potentials()[j]);
+    for (int64_t j = m_; j < stride_; ++j) shifted_.get()[j] = -static_cast<A>(__builtin_inf());
+    for_each_block([&](int64_t block) {
+      double error = 0;
+      for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
+        const A* const c = cost_ + i * m_;
+        Vector<A> largest = broadcast(-static_cast<A>(__builtin_inf()));
+        for_each_vector(c, [&](int64_t j, Vector<A> cost) {
+          const Vector<A> x = load(shifted_.get() + j) - cost;
+          largest = x > largest ? x : largest;
+        });
+        A maximum = largest[0];
+        for (int lane = 1; lane < kLanes<A>; ++lane) maximum = largest[lane] > maximum ? largest[lane] : maximum;
+        const double old = row_potentials()[i];
+        double potential = -INFINITY;
+        if (maximum > -static_cast<A>(__builtin_inf())) {
+          Vector<A> sum{};
+          for_each_vector(c, [&](int64_t j, Vector<A> cost) {
+            sum += exponential((load(shifted_.get() + j) - cost - maximum) * scale);
+          });
+          const double log_sum = static_cast<double>(maximum) / epsilon_ + std::log(static_cast<double>(sum_lanes(sum)));
+          const int64_t k = index_ * n_ + i;
+          potential = epsilon_ * (target(args_.row, k) - kappa(args_.row, k, epsilon_) * log_sum);
+          error += row_error(k, old / epsilon_ + log_sum, potential - old);
+        }
+        row_potentials()[i] = potential;
+      }
+      errors_.get()[block] = error;
+    });
+    log_domain_columns(scale);
+    return sum_of_errors();
+  }
+
+  void log_domain_columns(A scale) {
+    const A none = -static_cast<A>(__builtin_inf());
+    for_each_block([&](int64_t block) {
+      A* const maxima = maxima_.get() + block * stride_;
+      for (int64_t j = 0; j < stride_; ++j) maxima[j] = none;
+      for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
+        const A potential = static_cast<A>(row_potentials()[i]);
+        for_each_vector(cost_ + i * m_, [&](int64_t j, Vector<A> cost) {
+          const Vector<A> x = potential - cost, before = load(maxima + j);
+          store(maxima + j, x > before ? x : before);
+        });
+      }
+    });
+    A* const maxima = maxima_.get();
+    for (int64_t block = 1; block < blocks_; ++block) {
+      for (int64_t j = 0; j < m_; ++j) {
+        const A candidate = maxima_.get()[block * stride_ + j];
+        maxima[j] = candidate > maxima[j] ? candidate : maxima[j];
+      }
+    }
+    for (int64_t j = 0; j < stride_; ++j) shifted_.get()[j] = maxima[j] > none ? maxima[j] : A(0);
+    for_each_block([&](int64_t block) {
+      A* const sums = partial_.get() + block * stride_;
+      for (int64_t j = 0; j < stride_; ++j) sums[j] = 0;
+      for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
+        const A potential = static_cast<A>(row_potentials()[i]);
+        for_each_vector(cost_ + i * m_, [&](int64_t j, Vector<A> cost) {
+          store(sums + j, load(sums + j) + exponential((potential - cost - load(shifted_.get() + j)) * scale));
+        });
+      }
+    });
+    for (int64_t j = 0; j < m_; ++j) {
+      const double log_sum = static_cast<double>(shifted_.get()[j]) / epsilon_ + std::log(column_sum(j));
+      const int64_t k = index_ * m_ + j;
+      const double potential = epsilon_ * (target(args_.column, k) - kappa(args_.column, k, epsilon_) * log_sum);
+      column_potentials()[j] = maxima[j] > none ? potential : -INFINITY;
+    }
+  }
+
+  double column_sum(int64_t j) const {
+    double sum = 0;
+    for (int64_t block = 0; block < blocks_; ++block) sum += partial_.get()[block * stride_ + j];
+    return sum;
+  }
+
+  // Of a marginal that must hold, how far the row's mass is from its weight; else how far its potential moves.
+  double row_error(int64_t k, double log_mass, double step) const {
+    if (is_balanced_) return std::abs(args_.row.weights[k] - std::exp(log_mass));
+    return std::isfinite(step) ? args_.row.weights[k] * std::abs(step) / epsilon_ : 0;
+  }
+
+  double sum_of_errors() const {
+    double error = 0;
+    for (int64_t block = 0; block < blocks_; ++block) error += errors_.get()[block];
+    return error;
+  }
+
+  // ---- by scaling ----
+
+  void build_kernel() {
+    const A scale = static_cast<A>(1 / epsilon_);
+    const auto factor = [&](const SinkhornSide& side, int64_t k, double potential) {
+      const double exponent = target(side, k) + (kappa(side, k, epsilon_) - 1) * potential / epsilon_;
+      return std::isfinite(potential) ? static_cast<A>(std::exp(exponent)) : A(0);
+    };
+    for (int64_t j = 0; j < stride_; ++j) {
+      const bool is_there = j < m_ && std::isfinite(column_potentials()[j]);
+      shifted_.get()[j] = is_there ? static_cast<A>(column_potentials()[j]) : -static_cast<A>(__builtin_inf());
+      column_factor_.get()[j] = is_there ? factor(args_.column, index_ * m_ + j, column_potentials()[j]) : A(0);
+      v_.get()[j] = is_there ? A(1) : A(0);
+      if (j >= m_) column_kappa_.get()[j] = 1;
+    }
+    for_each_block([&](int64_t block) {
+      for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
+        const double potential = row_potentials()[i];
+        row_factor_.get()[i] = factor(args_.row, index_ * n_ + i, potential);
+        u_.get()[i] = std::isfinite(potential) ? A(1) : A(0);
+        A* const k = kernel_.get() + i * stride_;
+        const A shift = std::isfinite(potential) ? static_cast<A>(potential) : -static_cast<A>(__builtin_inf());
+        for_each_vector(cost_ + i * m_, [&](int64_t j, Vector<A> cost) {
+          store(k + j, exponential(((shift - cost) + load(shifted_.get() + j)) * scale));
+        });
+      }
+    });
+  }
+
+  // Whether no sum was lost; `error` is of the potentials before it.
+  bool scaling_iteration(double& error) {
+    for_each_block([&](int64_t block) {
+      A* const sums = partial_.get() + block * stride_;
+      for (int64_t j = 0; j < stride_; ++j) sums[j] = 0;
+      errors_.get()[block] = 0;
+      is_wide_.get()[block] = false;
+      int64_t i = first_row(block);
+      const int64_t end = first_row(block + 1);
+      for (; i + kTogether <= end; i += kTogether) rows<kTogether>(i, block);
+      for (; i < end; ++i) rows<1>(i, block);
+    });
+    bool is_sound = true;
+    for (int64_t block = 0; block < blocks_; ++block) is_sound = is_sound && !is_wide_.get()[block];
+    error = sum_of_errors();
+    widest_v_ = 1;
+    for (int64_t j = 0; j < stride_; ++j) {
+      if (column_factor_.get()[j] == 0) {
+        next_v_.get()[j] = 0;
+        continue;
+      }
+      const double sum = column_sum(j);
+      const double kappa = column_kappa_.get()[j];
+      const double v = column_factor_.get()[j] * (kappa == 1 ? 1 / sum : std::pow(sum, -kappa));
+      is_sound = is_sound && sum > 1 / static_cast<double>(kWidest<A>) && v < static_cast<double>(kWidest<A>) && v > 0;
+      widest_v_ = std::fmax(widest_v_, std::fmax(v, 1 / v));
+      next_v_.get()[j] = static_cast<A>(v);
+    }
+    if (is_sound) v_.swap(next_v_);
+    return is_sound;
+  }
+
+  template <int64_t kRows>
+  void rows(int64_t first, int64_t block) {
+    const A* k[kRows];
+    Vector<A> sums[kRows][2] = {};
+    for (int64_t r = 0; r < kRows; ++r) k[r] = kernel_.get() + (first + r) * stride_;
+    int64_t j = 0;
+    for (; j + 2 * kLanes<A> <= stride_; j += 2 * kLanes<A>) {
+      const Vector<A> v0 = load(v_.get() + j), v1 = load(v_.get() + j + kLanes<A>);
+      for (int64_t r = 0; r < kRows; ++r) {
+        sums[r][0] += load(k[r] + j) * v0;
+        sums[r][1] += load(k[r] + j + kLanes<A>) * v1;
+      }
+    }
+    if (j < stride_) {
+      for (int64_t r = 0; r < kRows; ++r) sums[r][0] += load(k[r] + j) * load(v_.get() + j);
+    }
+    A u[kRows];
+    for (int64_t r = 0; r < kRows; ++r) {
+      u[r] = scaling_of_row(first + r, sum_lanes(sums[r][0] + sums[r][1]), block);
+    }
+    A* const t = partial_.get() + block * stride_;
+    for (j = 0; j < stride_; j += kLanes<A>) {
+      Vector<A> total = load(t + j);
+      for (int64_t r = 0; r < kRows; ++r) total += u[r] * load(k[r] + j);
+      store(t + j, total);
+    }
+  }
+
+  A scaling_of_row(int64_t i, A sum, int64_t block) {
+    const A factor = row_factor_.get()[i], kappa = row_kappa_.get()[i], before = u_.get()[i];
+    if (factor == 0) return u_.get()[i] = 0;
+    const A u = kappa == 1 ? factor / sum : factor * static_cast<A>(std::pow(static_cast<double>(sum), -kappa));
+    if (is_balanced_) {
+      errors_.get()[block] += std::abs(args_.row.weights[index_ * n_ + i] - static_cast<double>(before) * sum);
+    } else {
+      errors_.get()[block] += args_.row.weights[index_ * n_ + i] * std::abs(std::log(u / before));
+    }
+    if (!(sum > 1 / kWidest<A>) || !(u < kWidest<A>)) is_wide_.get()[block] = true;
+    return u_.get()[i] = u;
+  }
+
+  bool needs_absorption() const {
+    // Half of the range, in either direction, is left to the next iteration.
+    const double widest = std::sqrt(static_cast<double>(kWidest<A>));
+    if (widest_v_ > widest) return true;
+    for (int64_t i = 0; i < n_; ++i) {
+      const double u = u_.get()[i];
+      if (u != 0 && (u > widest || u < 1 / widest)) return true;
+    }
+    return false;
+  }
+
+  void absorb() {
+    absorb(args_.row, index_ * n_, n_, u_.get());
+    absorb(args_.column, index_ * m_, m_, v_.get());
+  }
+
+  void absorb(const SinkhornSide& side, int64_t first, int64_t count, const A* scaling) const {
+    for (int64_t i = 0; i < count; ++i) {
+      if (scaling[i] > 0) side.potentials[first + i] += epsilon_ * std::log(static_cast<double>(scaling[i]));
+    }
+  }
+
+  template <typename Function>
+  void for_each_vector(const A* row, Function&& function) const {
+    int64_t j = 0;
+    for (; j + kLanes<A> <= m_; j += kLanes<A>) function(j, load(row + j));
+    if (j < m_) function(j, load_partial(row + j, static_cast<int>(m_ - j), static_cast<A>(__builtin_inf())));
+  }
+
+  const SinkhornArgs& args_;
+  int64_t n_, m_, stride_, index_, blocks_;
+  const A* cost_;
+  Scratch<A> kernel_;
+  Scratch<A> u_, row_factor_, row_kappa_;
+  Scratch<A> v_, next_v_, partial_, column_factor_, column_kappa_, shifted_, maxima_;
+  Scratch<double> errors_;
+  Scratch<bool> is_wide_;
+  double epsilon_ = 0, widest_v_ = 1;
+  bool is_balanced_ = true;
+};
+
+template <typename A>
+void solve_all(const SinkhornArgs& args) {
+  const int64_t entries = args.rows * args.columns;
+  if (args.batch == 1 || entries >= kLeastShared * 16) {
+    for (int64_t i = 0; i < args.batch; ++i) Problem<A>(args, i, entries >= kLeastShared).run();
+    return;
+  }
+  parallel_for(args.batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) Problem<A>(args, i, false).run();
+  });
+}
+
+}  // namespace
+
+void sinkhorn(const SinkhornArgs& args) {
+  if (args.dtype == Dtype::float64) return solve_all<double>(args);
+  solve_all<float>(args);
+}
+
+}  // namespace pyreg::PYREG_ISA
