@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyreg.reference import conr, info_nce, orthograd, stablemax, supcon, weight_compander
+from pyreg.reference import conr, info_nce, orthograd, sinkhorn, stablemax, supcon, weight_compander
 
 GOLDEN = Path(__file__).parent / "golden"
 INF = math.inf
@@ -668,3 +668,134 @@ class TestPairwise:
         rounding = torch.finfo(dtype).eps
         torch.testing.assert_close(loss.double(), expected, rtol=4 * rounding, atol=0)
         torch.testing.assert_close(gradient.double(), expected_gradient, rtol=4 * rounding, atol=1e-5)
+
+
+def transport_problem(batch: tuple[int, ...] = (), n: int = 5, m: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    cost = torch.rand(*batch, n, m, dtype=torch.float64, generator=generator)
+    a, b = (torch.rand(*batch, k, dtype=torch.float64, generator=generator) + 0.1 for k in (n, m))
+    return cost, a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+
+
+PENALTIES = {
+    "balanced": (INF, INF),
+    "unbalanced": (0.7, 0.3),
+    "semi-relaxed": (INF, 0.5),
+    "an entry each": (
+        torch.tensor([0.3, INF, 1.0, 0.2, INF], dtype=torch.float64),
+        torch.tensor([INF, 0.5, INF, 0.1, 2.0, 0.4, 1.0], dtype=torch.float64),
+    ),
+}
+
+
+class TestSinkhorn:
+    @pytest.mark.parametrize("number", range(6))
+    def test_golden(self, number) -> None:
+        golden = np.load(GOLDEN / f"sinkhorn_{number}.npz")
+        x, y, a, b = (torch.from_numpy(golden[key]) for key in "xyab")
+        epsilon, rho_a, rho_b = (golden[key].item() for key in ("epsilon", "rho_a", "rho_b"))
+        x.requires_grad_()
+        y.requires_grad_()
+        cost = sinkhorn.pairwise_cost(x, y, golden["cost"].item())
+        with torch.no_grad():
+            f, g = sinkhorn.sinkhorn(cost, a, b, epsilon, rho_a, rho_b, max_iter=5000)
+            plan = sinkhorn.plan(cost, a, b, f, g, epsilon)
+        # The files' own potentials have been iterated to 1e-11, and their cosine adds 1e-8 to the product of norms.
+        torch.testing.assert_close(plan, torch.from_numpy(golden["plan"]), rtol=0, atol=1e-9)
+        value = sinkhorn.value(cost, a, b, f, g, epsilon, rho_a, rho_b)
+        assert value.item() == pytest.approx(golden["reg_ot_cost"].item(), rel=1e-8)
+        value.backward()
+        for points, key in ((x, "grad_x"), (y, "grad_y")):
+            torch.testing.assert_close(points.grad, torch.from_numpy(golden[key]), rtol=0, atol=1e-8)
+        difference = f + epsilon * a.log() - torch.from_numpy(golden["f"])
+        if rho_b == INF:
+            difference -= difference.mean()
+        torch.testing.assert_close(difference, torch.zeros_like(difference), rtol=0, atol=1e-8)
+
+    @pytest.mark.parametrize("reference", ["product", "counting"])
+    @pytest.mark.parametrize("penalties", PENALTIES)
+    def test_is_stationary_and_primal_equals_dual(self, penalties, reference) -> None:
+        """The dual is concave: where its gradient by the potentials is 0 it is largest."""
+        cost, a, b = transport_problem()
+        rho_a, rho_b = PENALTIES[penalties]
+        f, g = sinkhorn.sinkhorn(cost, a, b, 0.1, rho_a, rho_b, reference, max_iter=5000, tol=1e-15)
+        f.requires_grad_()
+        g.requires_grad_()
+        dual = sinkhorn.value(cost, a, b, f, g, 0.1, rho_a, rho_b, reference)
+        for gradient in torch.autograd.grad(dual, (f, g)):
+            torch.testing.assert_close(gradient, torch.zeros_like(gradient), **EXACT)
+        plan = sinkhorn.plan(cost, a, b, f, g, 0.1, reference).detach()
+        entropy = plan * plan.log() - plan
+        if reference == "product":
+            product = a.unsqueeze(1) * b
+            entropy = plan * (plan / product).log() - plan + product
+        primal = (plan * cost).sum() + 0.1 * entropy.sum()
+        for marginal, weights, rho in ((plan.sum(1), a, rho_a), (plan.sum(0), b, rho_b)):
+            rho = torch.as_tensor(rho, dtype=torch.float64).expand(len(weights))
+            divergence = marginal * (marginal / weights).log() - marginal + weights
+            torch.testing.assert_close(marginal[rho == INF], weights[rho == INF], **EXACT)
+            primal += (rho * divergence)[rho < INF].sum()
+        assert dual.item() == pytest.approx(primal.item(), rel=1e-12)
+
+    def test_balanced_plan_is_the_same_by_either_reference(self) -> None:
+        cost, a, b = transport_problem()
+        plans = [
+            sinkhorn.plan(cost, a, b, *sinkhorn.sinkhorn(cost, a, b, 0.1, reference=reference), 0.1, reference)
+            for reference in ("product", "counting")
+        ]
+        torch.testing.assert_close(*plans, **EXACT)
+
+    @pytest.mark.parametrize("reference", ["product", "counting"])
+    def test_batch_is_its_problems_one_by_one(self, reference) -> None:
+        cost, a, b = transport_problem((2, 3))
+        epsilon, rho = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], dtype=torch.float64), b + 0.5
+        f, g = sinkhorn.sinkhorn(cost, a, b, epsilon, rho_b=rho, reference=reference)
+        values = sinkhorn.value(cost, a, b, f, g, epsilon, rho_b=rho, reference=reference)
+        for i in itertools.product(range(2), range(3)):
+            alone = sinkhorn.sinkhorn(cost[i], a[i], b[i], epsilon[i], rho_b=rho[i], reference=reference)
+            assert_all_close((f[i], g[i]), alone)
+            value = sinkhorn.value(cost[i], a[i], b[i], *alone, epsilon[i], rho_b=rho[i], reference=reference)
+            torch.testing.assert_close(values[i], value, **EXACT)
+
+    @pytest.mark.parametrize("reference", ["product", "counting"])
+    def test_weights_of_zero_and_infinite_costs(self, reference) -> None:
+        """Such a row or column is as good as absent; a forbidden pair has no part in the plan."""
+        cost, a, b = transport_problem()
+        a[1] = b[2] = b[3] = 0
+        a, b = a / a.sum(), b / b.sum()
+        cost[0, 0] = cost[3, 1] = INF
+        plan, value = (
+            function(cost, a, b, *sinkhorn.sinkhorn(cost, a, b, 0.1, reference=reference), 0.1, reference=reference)
+            for function in (sinkhorn.plan, sinkhorn.value)
+        )
+        rows, columns = a.nonzero().squeeze(1), b.nonzero().squeeze(1)
+        less = cost[rows][:, columns], a[rows], b[columns]
+        potentials = sinkhorn.sinkhorn(*less, 0.1, reference=reference)
+        assert (plan[1] == 0).all()
+        assert (plan[:, 2:4] == 0).all()
+        assert plan[0, 0] == plan[3, 1] == 0
+        torch.testing.assert_close(plan[rows][:, columns], sinkhorn.plan(*less, *potentials, 0.1, reference), **EXACT)
+        torch.testing.assert_close(value, sinkhorn.value(*less, *potentials, 0.1, reference=reference), **EXACT)
+
+    @pytest.mark.parametrize("penalties", PENALTIES)
+    def test_envelope_theorem(self, penalties) -> None:
+        """Through all iterations the value's gradient is that at fixed potentials."""
+        cost, a, b = transport_problem()
+        cost.requires_grad_()
+        f, g = sinkhorn.sinkhorn(cost, a, b, 0.1, *PENALTIES[penalties], max_iter=300)
+        unrolled = torch.autograd.grad(sinkhorn.value(cost, a, b, f, g, 0.1, *PENALTIES[penalties]), cost)[0]
+        plan = sinkhorn.plan(cost, a, b, f, g, 0.1).detach()
+        torch.testing.assert_close(unrolled, plan, rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+    def test_pairwise_cost(self, cost) -> None:
+        x, y = logits_of((4, 3)), logits_of((5, 3))
+        y[2] = x[1]
+        distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        expected = {"sqeuclidean": distance**2, "euclidean": distance}.get(
+            cost, 1 - torch.cosine_similarity(x.unsqueeze(1), y, dim=-1)
+        )
+        torch.testing.assert_close(sinkhorn.pairwise_cost(x, y, cost), expected, **EXACT)
+        y[0] = 0
+        _, *gradients = value_and_gradients(lambda *points: sinkhorn.pairwise_cost(*points, cost), x, y)
+        assert all(gradient.isfinite().all() for gradient in gradients)
