@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor
 from pyreg.ops import _library
 
 
-def process_group(operator: str, group: dist.ProcessGroup | bool | None, features: Tensor) -> dist.ProcessGroup | None:
+def process_group(operator: str, group: Any, features: Tensor) -> dist.ProcessGroup | None:
     """The group whose rows are to be gathered: the argument itself, the default group for True, or None where there is
     nothing to gather."""
     if group is None or group is False:
