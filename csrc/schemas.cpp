@@ -54,8 +54,8 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "rescale_steps_(Tensor(a!)[] vs, Tensor[] old_vs, Tensor[] constants, float[] numbers, int[] a, int[] b, "
       "int kind) -> ()");
 
-  // ConR: csrc/conr, pyreg/ops/conr.py. `statistics` [3, rows] of this family holds what the gradient takes of each row:
-  // the log of its denominator and the weights of its two terms (csrc/core/pairs.h).
+  // ConR: csrc/conr, pyreg/ops/conr.py. `statistics` [3, rows] of this family holds what the gradient takes of each
+  // row: the log of its denominator and the weights of its two terms (csrc/core/pairs.h).
   library.def(
       "conr(Tensor features, Tensor targets, Tensor preds, Tensor? weights, float window, float temperature, float "
       "eta, int variant, int label_norm, int reduction, ScalarType loss_dtype, int first_row, int row_count, bool "
@@ -76,8 +76,8 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
   // InfoNCE: csrc/info_nce, pyreg/ops/info_nce.py. The positive of query i is key i + offset.
   library.def(
       "info_nce(Tensor query, Tensor key, Tensor? log_q, Tensor? query_ids, Tensor? key_ids, float temperature, bool "
-      "normalize, bool by_query, bool by_key, int offset, int reduction, ScalarType loss_dtype) -> (Tensor loss, "
-      "Tensor query_statistics, Tensor key_statistics)");
+      "normalize, bool by_query, bool by_key, int offset, int reduction, ScalarType loss_dtype, bool[2] with_gradient) "
+      "-> (Tensor loss, Tensor query_statistics, Tensor key_statistics, Tensor grad_query, Tensor grad_key)");
   library.def(
       "info_nce_backward(Tensor grad_queries, Tensor grad_keys, Tensor query, Tensor key, Tensor? log_q, Tensor? "
       "query_ids, Tensor? key_ids, Tensor query_statistics, Tensor key_statistics, float temperature, bool normalize, "

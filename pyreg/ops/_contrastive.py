@@ -25,7 +25,7 @@ Tensors = tuple[Tensor | None, ...]
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 # One tile of rows, whose gradient is formed with the loss: a second pass over so few would be mostly overhead.
-_ONE_TILE_ROWS = 512
+ONE_TILE_ROWS = 512
 
 
 # ---- argument checks ----
@@ -132,6 +132,14 @@ def loss_of_no_rows(features: Tensor, reduction: int) -> Tensor:
     return rows if reduction == 0 else rows.sum()
 
 
+def scaled(gradient: Tensor, grad_loss: Tensor, is_last: bool) -> Tensor:
+    """A gradient formed in the forward pass times the upstream one; in its memory if nobody needs it again."""
+    if not is_last:
+        return gradient * grad_loss
+    scale_rows_(gradient, grad_loss.to(gradient.dtype))
+    return gradient
+
+
 # ---- kernels ----
 
 
@@ -193,9 +201,7 @@ class SymmetricLoss:
 
     def __call__(self, features: Tensor, others: Tensors, numbers: tuple[Any, ...], reduction: int) -> Tensor:
         count = features.shape[0]
-        with_gradient = (
-            reduction != 0 and count <= _ONE_TILE_ROWS and features.requires_grad and torch.is_grad_enabled()
-        )
+        with_gradient = reduction != 0 and count <= ONE_TILE_ROWS and features.requires_grad and torch.is_grad_enabled()
         options = (reduction, loss_dtype(features), 0, count, with_gradient)
         return self._differentiable(features, *others, *numbers, *options)[0]  # type: ignore[no-any-return]
 
@@ -221,12 +227,10 @@ class SymmetricLoss:
         if ctx.once:
             gradient = ctx.gradient
         if ctx.with_gradient and gradient is not None:
-            if ctx.once and not _library.is_batched(grad_loss):
+            is_last = ctx.once and not _library.is_batched(grad_loss)
+            if is_last:
                 ctx.gradient = None
-                scale_rows_(gradient, grad_loss.to(gradient.dtype))
-            else:
-                gradient = gradient * grad_loss
-            return gradient.to(features.dtype), *no_others
+            return scaled(gradient, grad_loss, is_last).to(features.dtype), *no_others
         count = features.shape[0]
         rows = self.upstream(grad_loss, statistics, ctx.reduction)
         return self.backward(rows, features, *others, statistics, *ctx.numbers, 0, count), *no_others

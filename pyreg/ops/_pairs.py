@@ -375,7 +375,9 @@ def info_nce(
     offset: int,
     reduction: int,
     loss_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_gradient: list[bool],
+) -> tuple[Tensor, ...]:
+    """``with_gradient`` is not for these blocks, which know no sums of columns before the last row."""
     q, k = _Units(query, normalize), _Units(key, normalize)
     losses = []
     query_statistics, key_statistics = q.z.new_empty(3, 0), q.z.new_empty(3, 0)
@@ -388,7 +390,8 @@ def info_nce(
         loss, key_statistics = _direction(k, q, None, matches, temperature)
         losses.append(loss)
     mean = losses[0] if len(losses) == 1 else (losses[0] + losses[1]).div_(2)
-    return _reduced(mean, reduction, max(len(query), 1), loss_dtype), query_statistics, key_statistics
+    loss, none = _reduced(mean, reduction, max(len(query), 1), loss_dtype), q.z.new_empty(0)
+    return loss, query_statistics, key_statistics, none, none.clone()
 
 
 def info_nce_backward(

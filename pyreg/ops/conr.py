@@ -173,7 +173,6 @@ def _weighted(targets: Tensor, weights: Tensor, rows: Tensor, variant: str) -> t
 
 
 for _operator in ("conr", "conr_backward"):
-    _library.implement(_operator, getattr(_pairs, _operator), ["CPU"])
     _library.implement(_operator, _contrastive.on_cuda(_operator), ["CUDA"])
 
 

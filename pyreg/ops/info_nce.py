@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyreg.ops import _contrastive, _library, _pairs, _ranks
+from pyreg.ops import _contrastive, _library, _ranks
 from pyreg.reference import info_nce as reference
 
 if TYPE_CHECKING:
@@ -99,7 +99,10 @@ def info_nce(
     if q.shape[0] == 0:
         return _contrastive.loss_of_no_rows(q, code) + k[:0].sum()  # which leads to k
     query_ids = None if ids is None else ids[: q.shape[0]]
-    options = (temperature, bool(normalize), True, bool(symmetric), 0, code, _contrastive.loss_dtype(q))
+    with_gradient = [False, False]
+    if code != 0 and q.is_cpu and torch.is_grad_enabled() and (not symmetric or len(q) <= _contrastive.ONE_TILE_ROWS):
+        with_gradient = [q.requires_grad, k.requires_grad]
+    options = (temperature, bool(normalize), True, bool(symmetric), 0, code, _contrastive.loss_dtype(q), with_gradient)
     return _differentiable(q, k, log_q, query_ids, ids, *options)[0]  # type: ignore[no-any-return]
 
 
@@ -149,7 +152,6 @@ def _correction(log_q: Tensor, key: Tensor) -> Tensor:
 
 
 for _operator in ("info_nce", "info_nce_backward"):
-    _library.implement(_operator, getattr(_pairs, _operator), ["CPU"])
     _library.implement(_operator, _contrastive.on_cuda(_operator), ["CUDA"])
 
 _forward, _backward = _library.operator("info_nce"), _library.operator("info_nce_backward")
@@ -157,29 +159,40 @@ _forward, _backward = _library.operator("info_nce"), _library.operator("info_nce
 _TENSORS = 5  # query, key, log_q, query_ids, key_ids
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    statistics = output[1:]
-    ctx.mark_non_differentiable(*statistics)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    statistics, gradients = output[1:3], output[3:]
+    ctx.mark_non_differentiable(*statistics, *gradients)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_TENSORS], *statistics)
-    ctx.options = inputs[_TENSORS:]
+    ctx.once = getattr(ctx, "is_eager", False)
+    if ctx.once:  # held where the first backward pass can let go of them
+        ctx.gradients = gradients
+    ctx.save_for_backward(*inputs[:_TENSORS], *statistics, *((None, None) if ctx.once else gradients))
+    *ctx.options, ctx.with_gradient = inputs[_TENSORS:]
 
 
 def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    no_others = (None,) * 10
+    no_others = (None,) * 11
     if grad_loss is None:
         return None, None, *no_others
-    *tensors, query_statistics, key_statistics = ctx.saved_tensors
+    *tensors, query_statistics, key_statistics, grad_query, grad_key = ctx.saved_tensors
     if torch.is_grad_enabled():
         return *_dense_gradients(ctx, grad_loss, *tensors), *no_others
+    if ctx.once:
+        grad_query, grad_key = ctx.gradients
+    needs_grad = ctx.needs_input_grad[:2]
+    if any(ctx.with_gradient) and grad_query is not None:
+        is_last = ctx.once and not _library.is_batched(grad_loss)
+        if is_last:
+            ctx.gradients = (None, None)
+        formed = (_contrastive.scaled(g, grad_loss, is_last).to(tensors[0].dtype) for g in (grad_query, grad_key))
+        return *(g if needed else None for g, needed in zip(formed, needs_grad, strict=True)), *no_others
     temperature, normalize, _, symmetric, offset, reduction, _ = ctx.options
     rows = _upstream(grad_loss.to(query_statistics.dtype), reduction, query_statistics.shape[1], symmetric)
     gradients = _backward(
         *(rows, rows if symmetric else rows.new_empty(0), *tensors, query_statistics, key_statistics),
-        *(temperature, normalize, offset, ctx.needs_input_grad[:2]),
+        *(temperature, normalize, offset, needs_grad),
     )
-    wanted = (g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False))
-    return *wanted, *no_others
+    return *(g if needed else None for g, needed in zip(gradients, needs_grad, strict=True)), *no_others
 
 
 def _upstream(grad_loss: Tensor, reduction: int, queries: int, symmetric: bool) -> Tensor:
@@ -240,12 +253,13 @@ class _InfoNceOfAllRanks(torch.autograd.Function):
         query_ids = None if key_ids is None else key_ids[: ranks.total]
         first, total = ranks.first_row, _library.accumulate_dtype(query.dtype)
         own_ids = None if ids is None else ids[:count]
-        losses, statistics, by_key = _forward(
-            query, keys, log_qs, own_ids, key_ids, temperature, normalize, True, False, first, 0, total
+        numbers = (0, total, [False, False])
+        losses, statistics, *_ = _forward(
+            query, keys, log_qs, own_ids, key_ids, temperature, normalize, True, False, first, *numbers
         )
         if symmetric:
-            key_losses, _, by_key = _forward(
-                queries, key, None, query_ids, ids, temperature, normalize, False, True, -first, 0, total
+            key_losses, _, by_key, *_ = _forward(
+                queries, key, None, query_ids, ids, temperature, normalize, False, True, -first, *numbers
             )
             losses, statistics = (losses + key_losses) / 2, torch.cat([statistics, by_key])
         table = ranks.gather(torch.cat([losses.unsqueeze(0), statistics]).t()).t().contiguous()  # [4 or 7, N]
@@ -301,14 +315,15 @@ class _InfoNceOfAllRanks(torch.autograd.Function):
 
 
 @_library.fake("info_nce")
-def _(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, by_query, by_key, _, reduction, dtype = options
+def _(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    *_, by_query, by_key, _, reduction, dtype, with_gradient = options
     total = _library.accumulate_dtype(query.dtype)
     losses = query.shape[0] if by_query else key.shape[0]
     return (
         query.new_empty((losses,) if reduction == 0 else (), dtype=dtype),
         query.new_empty((3, query.shape[0] if by_query else 0), dtype=total),
         query.new_empty((3, key.shape[0] if by_key else 0), dtype=total),
+        *(x.new_empty(x.shape if g else (0,), dtype=total) for x, g in zip((query, key), with_gradient, strict=True)),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyreg.ops import _contrastive, _library, _pairs, _ranks
+from pyreg.ops import _contrastive, _library, _ranks
 from pyreg.reference import supcon as reference
 
 if TYPE_CHECKING:
@@ -90,7 +90,6 @@ def supcon_loss(
 
 
 for _operator in ("supcon", "supcon_backward"):
-    _library.implement(_operator, getattr(_pairs, _operator), ["CPU"])
     _library.implement(_operator, _contrastive.on_cuda(_operator), ["CUDA"])
 
 
