@@ -16,12 +16,11 @@ from torch import Tensor
 import pyreg.functional
 
 from .bench_stablemax import formula_fp32
-from .harness import FLOOR, OURS, Call, Contender, Workload, compiled
+from .harness import FLOOR, OURS, Call, Contender, Workload, compiled_step, step
 
 OPERATOR = "linear_stablemax_cross_entropy"
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # input [N, H], weight [C, H], class indices [N]
-Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def eager_logits(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -41,28 +40,6 @@ def liger_softmax(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(input, weight, target)  # type: ignore[no-any-return]
-
-
-def step(head: Head) -> Callable[[Inputs], Call]:
-    def prepare(inputs: Inputs) -> Call:
-        input, weight, target = inputs
-
-        def call() -> None:
-            head(input, weight, target).backward()
-            input.grad = weight.grad = None
-
-        return call
-
-    return prepare
-
-
-def compiled_step(head: Head) -> Callable[[Inputs], Call]:
-    def prepare(inputs: Inputs) -> Call:
-        call = step(compiled(head, dynamic=False))(inputs)
-        call()  # compiles
-        return call
-
-    return prepare
 
 
 def prepare_products(inputs: Inputs) -> Call:

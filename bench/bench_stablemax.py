@@ -16,7 +16,7 @@ from torch import Tensor
 import pyreg.functional
 
 from . import floor
-from .harness import FLOOR, OURS, Call, Contender, Workload, compiled
+from .harness import FLOOR, OURS, Call, Contender, Workload, compiled_step, step
 
 OPERATOR = "stablemax_cross_entropy"
 
@@ -37,28 +37,6 @@ def formula_fp64(logits: Tensor, target: Tensor) -> Tensor:
 
 def formula_fp32(logits: Tensor, target: Tensor) -> Tensor:
     return formula(logits, target, torch.float32)
-
-
-def step(loss_function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Inputs], Call]:
-    def prepare(inputs: Inputs) -> Call:
-        logits, target = inputs
-
-        def call() -> None:
-            loss_function(logits, target).backward()
-            logits.grad = None
-
-        return call
-
-    return prepare
-
-
-def compiled_step(loss_function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Inputs], Call]:
-    def prepare(inputs: Inputs) -> Call:
-        call = step(compiled(loss_function, dynamic=False))(inputs)
-        call()  # compiles
-        return call
-
-    return prepare
 
 
 class _Head(torch.autograd.Function):

@@ -38,6 +38,7 @@ SPIN_SECONDS = 0.02
 ROTATED_BYTES = 1280 << 20  # at most this much memory for the input sets of one workload
 
 Call = Callable[[], object]
+Inputs = tuple[torch.Tensor, ...]  # of a loss
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,32 @@ def discover(device: str, operators: Iterable[str] = (), smoke: bool = False) ->
 def compiled(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
     """`torch.compile(function)`, one and the same for all input sets, and not before a contender needs it."""
     return torch.compile(function, dynamic=dynamic)
+
+
+def step(loss: Callable[..., torch.Tensor]) -> Callable[[Inputs], Call]:
+    """What a training step does to a loss: the forward, `backward()` down to the inputs, and the release of their
+    gradients."""
+
+    def prepare(inputs: Inputs) -> Call:
+        leaves = [tensor for tensor in inputs if tensor.requires_grad]
+
+        def call() -> None:
+            loss(*inputs).backward()
+            for leaf in leaves:
+                leaf.grad = None
+
+        return call
+
+    return prepare
+
+
+def compiled_step(loss: Callable[..., torch.Tensor]) -> Callable[[Inputs], Call]:
+    def prepare(inputs: Inputs) -> Call:
+        call = step(compiled(loss, dynamic=False))(inputs)
+        call()  # compiles
+        return call
+
+    return prepare
 
 
 def set_up_process() -> None:

@@ -85,6 +85,11 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
 
   // Sinkhorn: csrc/sinkhorn, pyreg/ops/sinkhorn.py. Potentials hold eps log a and eps log b.
   library.def(
-      "sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor log_a, Tensor log_b, Tensor? rho_a, Tensor? rho_b, Tensor epsilon, Tensor first_epsilon, "
-      "float epsilon_factor, bool is_counting, int max_iter, float tol, Tensor initial) -> (Tensor f, Tensor g, Tensor error, Tensor iterations)");
+      "sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor log_a, Tensor log_b, Tensor? rho_a, Tensor? rho_b, Tensor "
+      "epsilon, Tensor first_epsilon, float epsilon_factor, bool is_counting, int max_iter, float tol, Tensor initial) "
+      "-> (Tensor f, Tensor g, Tensor error, Tensor iterations)");
+  library.def(
+      "sinkhorn_points(Tensor x, Tensor y, int point_cost, bool is_streaming, Tensor a, Tensor b, Tensor log_a, Tensor "
+      "log_b, Tensor? rho_a, Tensor? rho_b, Tensor epsilon, Tensor first_epsilon, float epsilon_factor, bool "
+      "is_counting, int max_iter, float tol, Tensor initial) -> (Tensor f, Tensor g, Tensor error, Tensor iterations)");
 }

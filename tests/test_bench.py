@@ -6,6 +6,7 @@ import csv
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,23 @@ import torch.nn.functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
 from bench import __main__ as command
-from bench import bench_orthograd, bench_stablemax, floor, harness, memory, plot, report, targets
+from bench import (
+    bench_conr,
+    bench_info_nce,
+    bench_orthograd,
+    bench_stablemax,
+    bench_supcon,
+    floor,
+    harness,
+    memory,
+    plot,
+    report,
+    targets,
+)
 from bench.harness import Contender, Measurement, Workload
+from pyreg.reference.conr import conr_loss
+from pyreg.reference.info_nce import info_nce
+from pyreg.reference.supcon import supcon_loss
 
 
 def measurement(contender: str, seconds: list[float], **fields: object) -> Measurement:
@@ -36,6 +52,23 @@ def tiny_workload(*contenders: Contender, size: int = 1000) -> Workload:
 
 def sleeper(name: str, seconds: float, **fields: object) -> Contender:
     return Contender(name, lambda inputs: lambda: time.sleep(seconds), **fields)  # type: ignore[arg-type]
+
+
+def same_loss(
+    loss: Callable[..., torch.Tensor], reference: Callable[..., torch.Tensor], *inputs: torch.Tensor, leaves: int = 1
+) -> None:
+    """Value, and gradients of the first inputs, in float32 are those of the reference in float64. Scores go up to 14;
+    rounded by 1e-7 of that they leave exponentials right to some 1e-6, and ten times that is allowed."""
+
+    def run(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        converted = [one.to(dtype, copy=True) if one.is_floating_point() else one for one in inputs]
+        for leaf in converted[:leaves]:
+            leaf.requires_grad_()
+        value = function(*converted)
+        return value.detach(), *torch.autograd.grad(value, converted[:leaves])
+
+    for got, expected in zip(run(loss, torch.float32), run(reference, torch.float64), strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 class TestMeasurement:
@@ -334,6 +367,73 @@ class TestContenders:
         torch.testing.assert_close(bench_stablemax.formula_fp64(logits, labels), expected)
         fp32 = bench_stablemax.formula_fp32(logits, labels)
         torch.testing.assert_close(fp32, expected.float(), rtol=1e-5, atol=0)
+
+    def test_training_step(self) -> None:
+        """It goes down to the leaves, and leaves no gradient for the next call to add to."""
+        x, y = torch.ones(3, requires_grad=True), torch.ones(3)
+        seen: list[torch.Tensor] = []
+        x.register_hook(seen.append)
+        call = harness.step(lambda x, y: (2 * x * y).sum())((x, y))
+        call()
+        call()
+        assert [grad.tolist() for grad in seen] == [[2.0] * 3] * 2
+        assert x.grad is None
+
+    @pytest.mark.parametrize("kind", ["", "continuous labels", "predictions near labels"])
+    @pytest.mark.parametrize(("loss", "variant"), [("fused", "paper"), ("formula", "paper"), ("released", "agedb")])
+    def test_conr(self, loss: str, variant: str, kind: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn(1000, 24, generator=generator)  # so many that every row has a positive
+        labels = bench_conr.make_labels(kind, 1000, generator, "cpu")
+        expected = lambda x, *labels: conr_loss(x, *labels, variant=variant)  # noqa: E731
+        same_loss(getattr(bench_conr, loss), expected, features, *labels)
+
+    def test_conr_formula_of_lonely_rows(self) -> None:
+        features, targets, preds = torch.randn(5, 3), torch.tensor([0.0, 0.5, 50.0, 90.0, 90.5]), torch.zeros(5)
+        same_loss(bench_conr.formula, conr_loss, features, targets, preds)
+
+    @pytest.mark.parametrize("name", ["continuous labels", "predictions near labels"])
+    def test_conr_labels(self, name: str) -> None:
+        targets, preds = bench_conr.make_labels(name, 10_000, torch.Generator().manual_seed(0), "cpu")
+        assert targets.mean() == pytest.approx(50, abs=2)
+        assert targets.max() <= 100
+        near = name == "predictions near labels"
+        assert (targets == targets.round()).all().item() == near
+        rms = (preds - targets).square().mean().sqrt().item()
+        assert rms == pytest.approx(2 if near else 100 / math.sqrt(6), rel=0.05)  # of two uniform numbers
+
+    def test_symmetric_floor_multiplies_all_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shapes = []
+        product = torch.mm
+
+        def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            shapes.append((*a.shape, b.shape[1]))
+            return product(a, b, out=out)
+
+        monkeypatch.setattr(bench_conr, "FLOOR_ROWS", 40)
+        monkeypatch.setattr(torch, "mm", mm)
+        bench_conr.symmetric_products((torch.randn(100, 7, requires_grad=True),))()
+        multiplied = sum(map(math.prod, shapes))
+        assert multiplied == 2.5 * 100 * 100 * 7
+        assert len(shapes) == 9
+
+    @pytest.mark.parametrize("loss", ["fused", "formula", "library"])
+    def test_supcon(self, loss: str) -> None:
+        if loss == "library" and not bench_supcon.HAS_LIBRARY:
+            pytest.skip("pytorch-metric-learning is not installed")
+        same_loss(getattr(bench_supcon, loss), supcon_loss, torch.randn(90, 12), torch.arange(90) % 7)
+
+    @pytest.mark.parametrize("loss", ["fused", "cross_entropy", "SupConLoss", "NTXentLoss"])
+    def test_info_nce(self, loss: str) -> None:
+        if loss.endswith("Loss") and not bench_info_nce.HAS_LIBRARY:
+            pytest.skip("pytorch-metric-learning is not installed")
+        one = bench_info_nce.library(loss) if loss.endswith("Loss") else getattr(bench_info_nce, loss)
+        same_loss(one, info_nce, torch.randn(50, 12), torch.randn(50, 12), leaves=2)
+
+    @pytest.mark.parametrize("loss", ["fused_symmetric", "clip"])
+    def test_symmetric_info_nce(self, loss: str) -> None:
+        expected = lambda query, key: info_nce(query, key, symmetric=True)  # noqa: E731
+        same_loss(getattr(bench_info_nce, loss), expected, torch.randn(50, 12), torch.randn(50, 12), leaves=2)
 
     @pytest.mark.parametrize("workload", harness.discover("cpu", smoke=True), ids=str)
     def test_every_fast_contender_runs(self, workload: Workload) -> None:

@@ -30,9 +30,17 @@ struct SinkhornSide {
   double* potentials;     // [batch, count] in: where to begin; out: F or G
 };
 
+// cosine: of points of length 1, 1 - x . y
+enum class PointCost : int32_t { sqeuclidean, euclidean, cosine };
+
 struct SinkhornArgs {
-  Dtype dtype;       // float64 or float32, of the cost and of K
-  const void* cost;  // [batch, rows, columns], contiguous
+  Dtype dtype;       // float64 or float32, of the cost or the points and of K
+  const void* cost;  // [batch, rows, columns], contiguous; null: between points
+  PointCost point_cost;
+  int64_t dimension;
+  const void* x;      // [batch, rows, dimension]
+  const void* y;      // [batch, columns, dimension]
+  bool is_streaming;  // K is never held
   int64_t batch, rows, columns;
   SinkhornSide row, column;
   bool is_counting;      // target is multiplied by kappa

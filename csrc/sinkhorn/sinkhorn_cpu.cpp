@@ -25,9 +25,83 @@ constexpr int64_t kMostBlocks = 16;  // of rows: the most threads that share a p
 // Below so many entries an iteration ends before a second thread has begun.
 constexpr int64_t kLeastShared = 1 << 16;
 
-template <typename A>
+// ---- costs ----
+
+template <typename Scores>
+struct DenseCost {
+  using A = Scores;
+  struct Row {
+    const A* costs;
+  };
+
+  DenseCost(const SinkhornArgs& args, int64_t index)
+      : columns(args.columns), costs(static_cast<const A*>(args.cost) + index * args.rows * args.columns) {}
+
+  Row row(int64_t i) const { return {costs + i * columns}; }
+  Vector<A> at(const Row& row, int64_t j) const { return load(row.costs + j); }
+  Vector<A> at_end(const Row& row, int64_t j, int count) const {
+    return load_partial(row.costs + j, count, static_cast<A>(__builtin_inf()));
+  }
+
+  int64_t columns;
+  const A* costs;
+};
+
+// Between points, computed from their coordinates; kDimension 0: any number of them.
+template <typename Scores, PointCost kCost, int64_t kDimension>
+struct PointsCost {
+  using A = Scores;
+  struct Row {
+    const A* point;
+  };
+
+  PointsCost(const SinkhornArgs& args, int64_t index)
+      : dimension(kDimension > 0 ? kDimension : args.dimension),
+        stride(padded(args.columns)),
+        x(static_cast<const A*>(args.x) + index * args.rows * args.dimension),
+        y(args.dimension * padded(args.columns)) {
+    const A* const points = static_cast<const A*>(args.y) + index * args.columns * args.dimension;
+    for (int64_t k = 0; k < dimension; ++k) {
+      A* const coordinate = y.get() + k * stride;
+      for (int64_t j = 0; j < args.columns; ++j) coordinate[j] = points[j * dimension + k];
+      for (int64_t j = args.columns; j < stride; ++j) coordinate[j] = 0;
+    }
+  }
+
+  static int64_t padded(int64_t columns) { return (columns + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
+
+  Row row(int64_t i) const { return {x + i * dimension}; }
+  Vector<A> at(const Row& row, int64_t j) const {
+    Vector<A> sum{};
+    for (int64_t k = 0; k < (kDimension > 0 ? kDimension : dimension); ++k) {
+      const Vector<A> coordinate = load(y.get() + k * stride + j);
+      if constexpr (kCost == PointCost::cosine) {
+        sum += row.point[k] * coordinate;
+      } else {
+        const Vector<A> difference = row.point[k] - coordinate;
+        sum += difference * difference;
+      }
+    }
+    if constexpr (kCost == PointCost::cosine) return A(1) - sum;
+    if constexpr (kCost == PointCost::euclidean) return square_root(sum);
+    return sum;
+  }
+  Vector<A> at_end(const Row& row, int64_t j, int count) const {
+    return lane_index<A>() < count ? at(row, j) : broadcast(static_cast<A>(__builtin_inf()));
+  }
+
+  int64_t dimension, stride;
+  const A* x;  // [rows, dimension]
+  Scratch<A> y;  // [dimension, stride]
+};
+
+// ---- the iteration ----
+
+template <typename Cost>
 class Problem {
  public:
+  using A = typename Cost::A;
+
   Problem(const SinkhornArgs& args, int64_t index, bool is_shared)
       : args_(args),
         n_(args.rows),
@@ -36,8 +110,9 @@ class Problem {
         index_(index),
         blocks_(is_shared ? (n_ / kTogether < kMostBlocks ? (n_ / kTogether > 0 ? n_ / kTogether : 1) : kMostBlocks)
                           : 1),
-        cost_(static_cast<const A*>(args.cost) + index * n_ * m_),
-        kernel_(n_ * stride_),
+        cost_(args, index),
+        is_streaming_(args.is_streaming),
+        kernel_((is_streaming_ ? blocks_ * kTogether : n_) * stride_),
         u_(n_),
         row_factor_(n_),
         row_kappa_(n_),
@@ -76,7 +151,7 @@ class Problem {
           absorb(args_.column, index_ * m_, m_, v_.get());
           error = log_domain_iteration();
           has_kernel = false;
-        } else if (needs_absorption()) {
+        } else if (is_streaming_ || needs_absorption()) {
           absorb();
           has_kernel = false;
         }
@@ -132,7 +207,7 @@ class Problem {
     for_each_block([&](int64_t block) {
       double error = 0;
       for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
-        const A* const c = cost_ + i * m_;
+        const typename Cost::Row c = cost_.row(i);
         Vector<A> largest = broadcast(-static_cast<A>(__builtin_inf()));
         for_each_vector(c, [&](int64_t j, Vector<A> cost) {
           const Vector<A> x = load(shifted_.get() + j) - cost;
@@ -167,7 +242,7 @@ class Problem {
       for (int64_t j = 0; j < stride_; ++j) maxima[j] = none;
       for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
         const A potential = static_cast<A>(row_potentials()[i]);
-        for_each_vector(cost_ + i * m_, [&](int64_t j, Vector<A> cost) {
+        for_each_vector(cost_.row(i), [&](int64_t j, Vector<A> cost) {
           const Vector<A> x = potential - cost, before = load(maxima + j);
           store(maxima + j, x > before ? x : before);
         });
@@ -186,7 +261,7 @@ class Problem {
       for (int64_t j = 0; j < stride_; ++j) sums[j] = 0;
       for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
         const A potential = static_cast<A>(row_potentials()[i]);
-        for_each_vector(cost_ + i * m_, [&](int64_t j, Vector<A> cost) {
+        for_each_vector(cost_.row(i), [&](int64_t j, Vector<A> cost) {
           store(sums + j, load(sums + j) + exponential((potential - cost - load(shifted_.get() + j)) * scale));
         });
       }
@@ -219,30 +294,33 @@ class Problem {
 
   // ---- by scaling ----
 
+  // Scalings of 1 around the potentials as they are, and K for them.
   void build_kernel() {
-    const A scale = static_cast<A>(1 / epsilon_);
     const auto factor = [&](const SinkhornSide& side, int64_t k, double potential) {
       const double exponent = target(side, k) + (kappa(side, k, epsilon_) - 1) * potential / epsilon_;
       return std::isfinite(potential) ? static_cast<A>(std::exp(exponent)) : A(0);
     };
     for (int64_t j = 0; j < stride_; ++j) {
-      const bool is_there = j < m_ && std::isfinite(column_potentials()[j]);
-      shifted_.get()[j] = is_there ? static_cast<A>(column_potentials()[j]) : -static_cast<A>(__builtin_inf());
-      column_factor_.get()[j] = is_there ? factor(args_.column, index_ * m_ + j, column_potentials()[j]) : A(0);
-      v_.get()[j] = is_there ? A(1) : A(0);
-      if (j >= m_) column_kappa_.get()[j] = 1;
+      const double potential = j < m_ ? column_potentials()[j] : -INFINITY;
+      shifted_.get()[j] = static_cast<A>(potential);
+      column_factor_.get()[j] = j < m_ ? factor(args_.column, index_ * m_ + j, potential) : A(0);
+      v_.get()[j] = std::isfinite(potential) ? A(1) : A(0);
     }
+    for (int64_t i = 0; i < n_; ++i) {
+      const double potential = row_potentials()[i];
+      row_factor_.get()[i] = factor(args_.row, index_ * n_ + i, potential);
+      u_.get()[i] = std::isfinite(potential) ? A(1) : A(0);
+    }
+    if (is_streaming_) return;
     for_each_block([&](int64_t block) {
-      for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
-        const double potential = row_potentials()[i];
-        row_factor_.get()[i] = factor(args_.row, index_ * n_ + i, potential);
-        u_.get()[i] = std::isfinite(potential) ? A(1) : A(0);
-        A* const k = kernel_.get() + i * stride_;
-        const A shift = std::isfinite(potential) ? static_cast<A>(potential) : -static_cast<A>(__builtin_inf());
-        for_each_vector(cost_ + i * m_, [&](int64_t j, Vector<A> cost) {
-          store(k + j, exponential(((shift - cost) + load(shifted_.get() + j)) * scale));
-        });
-      }
+      for (int64_t i = first_row(block); i < first_row(block + 1); ++i) fill_row(i, kernel_.get() + i * stride_);
+    });
+  }
+
+  void fill_row(int64_t i, A* k) const {
+    const A scale = static_cast<A>(1 / epsilon_), potential = static_cast<A>(row_potentials()[i]);
+    for_each_vector(cost_.row(i), [&](int64_t j, Vector<A> cost) {
+      store(k + j, exponential(((potential - cost) + load(shifted_.get() + j)) * scale));
     });
   }
 
@@ -282,7 +360,11 @@ class Problem {
   void rows(int64_t first, int64_t block) {
     const A* k[kRows];
     Vector<A> sums[kRows][2] = {};
-    for (int64_t r = 0; r < kRows; ++r) k[r] = kernel_.get() + (first + r) * stride_;
+    for (int64_t r = 0; r < kRows; ++r) {
+      A* const row = kernel_.get() + (is_streaming_ ? block * kTogether + r : first + r) * stride_;
+      if (is_streaming_) fill_row(first + r, row);
+      k[r] = row;
+    }
     int64_t j = 0;
     for (; j + 2 * kLanes<A> <= stride_; j += 2 * kLanes<A>) {
       const Vector<A> v0 = load(v_.get() + j), v1 = load(v_.get() + j + kLanes<A>);
@@ -341,16 +423,18 @@ class Problem {
     }
   }
 
+  // Calls function(j, costs of row and columns j...); beyond the last column they are infinite.
   template <typename Function>
-  void for_each_vector(const A* row, Function&& function) const {
+  void for_each_vector(const typename Cost::Row& row, Function&& function) const {
     int64_t j = 0;
-    for (; j + kLanes<A> <= m_; j += kLanes<A>) function(j, load(row + j));
-    if (j < m_) function(j, load_partial(row + j, static_cast<int>(m_ - j), static_cast<A>(__builtin_inf())));
+    for (; j + kLanes<A> <= m_; j += kLanes<A>) function(j, cost_.at(row, j));
+    if (j < m_) function(j, cost_.at_end(row, j, static_cast<int>(m_ - j)));
   }
 
   const SinkhornArgs& args_;
   int64_t n_, m_, stride_, index_, blocks_;
-  const A* cost_;
+  Cost cost_;
+  bool is_streaming_;  // K is formed anew in every iteration, kTogether rows of a block at a time
   Scratch<A> kernel_;
   Scratch<A> u_, row_factor_, row_kappa_;
   Scratch<A> v_, next_v_, partial_, column_factor_, column_kappa_, shifted_, maxima_;
@@ -360,23 +444,50 @@ class Problem {
   bool is_balanced_ = true;
 };
 
-template <typename A>
+template <typename Cost>
 void solve_all(const SinkhornArgs& args) {
   const int64_t entries = args.rows * args.columns;
   if (args.batch == 1 || entries >= kLeastShared * 16) {
-    for (int64_t i = 0; i < args.batch; ++i) Problem<A>(args, i, entries >= kLeastShared).run();
+    for (int64_t i = 0; i < args.batch; ++i) Problem<Cost>(args, i, entries >= kLeastShared).run();
     return;
   }
   parallel_for(args.batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) Problem<A>(args, i, false).run();
+    for (int64_t i = begin; i < end; ++i) Problem<Cost>(args, i, false).run();
   });
+}
+
+template <typename A, PointCost kCost>
+void solve_points(const SinkhornArgs& args) {
+  switch (args.dimension) {
+    case 1:
+      return solve_all<PointsCost<A, kCost, 1>>(args);
+    case 2:
+      return solve_all<PointsCost<A, kCost, 2>>(args);
+    case 3:
+      return solve_all<PointsCost<A, kCost, 3>>(args);
+    default:
+      return solve_all<PointsCost<A, kCost, 0>>(args);
+  }
+}
+
+template <typename A>
+void solve(const SinkhornArgs& args) {
+  if (args.cost != nullptr) return solve_all<DenseCost<A>>(args);
+  switch (args.point_cost) {
+    case PointCost::sqeuclidean:
+      return solve_points<A, PointCost::sqeuclidean>(args);
+    case PointCost::euclidean:
+      return solve_points<A, PointCost::euclidean>(args);
+    case PointCost::cosine:
+      return solve_points<A, PointCost::cosine>(args);
+  }
 }
 
 }  // namespace
 
 void sinkhorn(const SinkhornArgs& args) {
-  if (args.dtype == Dtype::float64) return solve_all<double>(args);
-  solve_all<float>(args);
+  if (args.dtype == Dtype::float64) return solve<double>(args);
+  solve<float>(args);
 }
 
 }  // namespace pyreg::PYREG_ISA

@@ -9,33 +9,99 @@ namespace pyreg {
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor log_a, Tensor log_b,
-                                                    std::optional<Tensor> rho_a, std::optional<Tensor> rho_b,
-                                                    Tensor epsilon, Tensor first_epsilon, double epsilon_factor,
-                                                    bool is_counting, int64_t max_iter, double tol, Tensor initial) {
-  SinkhornArgs args{};
-  args.dtype = dtype_of(cost.scalar_type(), "sinkhorn");
-  args.cost = cost.const_data_ptr();
-  args.batch = cost.size(0); args.rows = cost.size(1); args.columns = cost.size(2);
-  Tensor f = empty({args.batch, args.rows}, ScalarType::Double, cost);
-  Tensor g = torch::stable::clone(initial);
-  Tensor error = empty({args.batch}, ScalarType::Double, cost);
-  Tensor iterations = empty({args.batch}, ScalarType::Long, cost);
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+struct Options {
+  const Tensor &a, &b, &log_a, &log_b;
+  const std::optional<Tensor>&rho_a, &rho_b;
+  const Tensor &epsilon, &first_epsilon;
+  double epsilon_factor;
+  bool is_counting;
+  int64_t max_iter;
+  double tol;
+  const Tensor& initial;
+};
+
+const double* numbers(const char* name, const Tensor& tensor, int64_t batch, int64_t count) {
+  const bool fits = tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.is_cpu() &&
+                    tensor.numel() == batch * count;
+  PYREG_REQUIRE(fits, name, "expected contiguous float64 tensors of shape [B, ", count, "] with B = ", batch);
+  return static_cast<const double*>(tensor.const_data_ptr());
+}
+
+// Fills what does not depend on the cost, and runs the kernel.
+Result solve(const char* name, SinkhornArgs& args, const Tensor& like, const Options& options) {
+  const int64_t batch = args.batch, n = args.rows, m = args.columns;
+  args.dtype = dtype_of(like.scalar_type(), name);
+  PYREG_REQUIRE(args.dtype == Dtype::float64 || args.dtype == Dtype::float32, name,
+                "expected costs or points of float64 or float32");
+  PYREG_REQUIRE(n > 0 && m > 0, name, "expected at least one row and one column");
+  PYREG_REQUIRE(options.epsilon_factor < 1, name, "expected an epsilon_factor below 1");
+  Tensor f = empty({batch, n}, ScalarType::Double, like), g = torch::stable::clone(options.initial);
+  numbers(name, g, batch, m);
   torch::stable::zero_(f);
-  const auto data = [](const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); };
-  args.row = {data(log_a), rho_a ? data(*rho_a) : nullptr, data(a), static_cast<double*>(f.mutable_data_ptr())};
-  args.column = {data(log_b), rho_b ? data(*rho_b) : nullptr, data(b), static_cast<double*>(g.mutable_data_ptr())};
-  args.is_counting = is_counting;
-  args.epsilon = data(epsilon); args.first_epsilon = data(first_epsilon);
-  args.epsilon_factor = epsilon_factor; args.max_iterations = max_iter; args.tolerance = tol;
+  Tensor error = empty({batch}, ScalarType::Double, like), iterations = empty({batch}, ScalarType::Long, like);
+  const auto rhos = [&](const std::optional<Tensor>& rho, int64_t count) {
+    return rho ? numbers(name, *rho, batch, count) : nullptr;
+  };
+  args.row = {numbers(name, options.log_a, batch, n), rhos(options.rho_a, n), numbers(name, options.a, batch, n),
+              static_cast<double*>(f.mutable_data_ptr())};
+  args.column = {numbers(name, options.log_b, batch, m), rhos(options.rho_b, m), numbers(name, options.b, batch, m),
+                 static_cast<double*>(g.mutable_data_ptr())};
+  args.is_counting = options.is_counting;
+  args.epsilon = numbers(name, options.epsilon, batch, 1);
+  args.first_epsilon = numbers(name, options.first_epsilon, batch, 1);
+  args.epsilon_factor = options.epsilon_factor;
+  args.max_iterations = options.max_iter;
+  args.tolerance = options.tol;
   args.error = static_cast<double*>(error.mutable_data_ptr());
   args.iterations = static_cast<int64_t*>(iterations.mutable_data_ptr());
   cpu::sinkhorn(args);
   return {f, g, error, iterations};
 }
 
+Result sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor log_a, Tensor log_b, std::optional<Tensor> rho_a,
+                std::optional<Tensor> rho_b, Tensor epsilon, Tensor first_epsilon, double epsilon_factor,
+                bool is_counting, int64_t max_iter, double tol, Tensor initial) {
+  PYREG_REQUIRE(cost.dim() == 3 && cost.is_contiguous(), "sinkhorn", "expected a contiguous cost [B, n, m]");
+  SinkhornArgs args{};
+  args.cost = cost.const_data_ptr();
+  args.batch = cost.size(0);
+  args.rows = cost.size(1);
+  args.columns = cost.size(2);
+  return solve("sinkhorn", args, cost,
+               {a, b, log_a, log_b, rho_a, rho_b, epsilon, first_epsilon, epsilon_factor, is_counting, max_iter, tol,
+                initial});
+}
+
+Result sinkhorn_points(Tensor x, Tensor y, int64_t point_cost, bool is_streaming, Tensor a, Tensor b, Tensor log_a,
+                       Tensor log_b, std::optional<Tensor> rho_a, std::optional<Tensor> rho_b, Tensor epsilon,
+                       Tensor first_epsilon, double epsilon_factor, bool is_counting, int64_t max_iter, double tol,
+                       Tensor initial) {
+  constexpr const char* kName = "sinkhorn_points";
+  PYREG_REQUIRE(x.dim() == 3 && y.dim() == 3 && x.is_contiguous() && y.is_contiguous() && x.size(0) == y.size(0) &&
+                    x.size(2) == y.size(2) && x.size(2) > 0 && x.scalar_type() == y.scalar_type(),
+                kName, "expected contiguous points x [B, n, d] and y [B, m, d] of one dtype");
+  PYREG_REQUIRE(point_cost >= 0 && point_cost <= 2, kName, "expected point_cost to be 0, 1 or 2");
+  SinkhornArgs args{};
+  args.point_cost = static_cast<PointCost>(point_cost);
+  args.dimension = x.size(2);
+  args.x = x.const_data_ptr();
+  args.y = y.const_data_ptr();
+  args.is_streaming = is_streaming;
+  args.batch = x.size(0);
+  args.rows = x.size(1);
+  args.columns = y.size(1);
+  return solve(kName, args, x,
+               {a, b, log_a, log_b, rho_a, rho_b, epsilon, first_epsilon, epsilon_factor, is_counting, max_iter, tol,
+                initial});
+}
+
 }  // namespace
 
-PYREG_IMPLEMENT(PYREG_LIBRARY, PYREG_DISPATCH_KEY, library) { library.impl("sinkhorn", TORCH_BOX(&sinkhorn)); }
+PYREG_IMPLEMENT(PYREG_LIBRARY, PYREG_DISPATCH_KEY, library) {
+  library.impl("sinkhorn", TORCH_BOX(&sinkhorn));
+  library.impl("sinkhorn_points", TORCH_BOX(&sinkhorn_points));
+}
 
 }  // namespace pyreg

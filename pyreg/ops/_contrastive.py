@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyreg.ops import _library, _pairs
-from pyreg.ops._ranks import Ranks
+from pyreg.ops._ranks import Ranks, refuse_create_graph
 from pyreg.ops.scale_rows import scale_rows_
 
 if TYPE_CHECKING:
@@ -284,6 +283,7 @@ class _SymmetricLossOfAllRanks(torch.autograd.Function):
         *others: Tensor | None,
     ) -> Tensor:
         local = (features, *others)
+        ctx.operator = operator
         ranks = Ranks(operator, group, dict(zip(loss.tensors, local, strict=True)))
         if ranks.total == 0:
             return features.new_zeros(() if reduction else (0,), dtype=dtype)
@@ -301,17 +301,16 @@ class _SymmetricLossOfAllRanks(torch.autograd.Function):
         return losses.to(dtype)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_create_graph(ctx.operator)
         if not ctx.saved_tensors:  # no rank has a row
             return (None,) * len(ctx.needs_input_grad)
         *tensors, statistics = ctx.saved_tensors
         ranks: Ranks = ctx.ranks
         # DistributedDataParallel divides by the number of ranks.
         grad_loss = ranks.world_size * grad_loss.to(statistics.dtype)
-        rows = ctx.loss.upstream(
-            ranks.gather(grad_loss) if ctx.reduction == 0 else grad_loss, statistics, ctx.reduction
-        )
+        of_all = ranks.gather(grad_loss) if ctx.reduction == 0 else grad_loss
+        rows = ctx.loss.upstream(of_all, statistics, ctx.reduction)
         gradient = ctx.loss.backward(rows, *tensors, statistics, *ctx.numbers, *ctx.own)
         return *(None,) * 6, gradient, *(None,) * (len(tensors) - 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor
 from pyreg.ops import _library
 
 
-def process_group(operator: str, group: dist.ProcessGroup | bool | None, features: Tensor) -> dist.ProcessGroup | None:
+def process_group(operator: str, group: Any, features: Tensor) -> dist.ProcessGroup | None:
     """The group whose rows are to be gathered: the argument itself, the default group for True, or None where there is
     nothing to gather."""
     if group is None or group is False:
@@ -25,16 +26,24 @@ def process_group(operator: str, group: dist.ProcessGroup | bool | None, feature
         raise ValueError(f"{operator}: group needs torch.distributed.init_process_group to have been called")
     if group is True:
         group = dist.group.WORLD
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{operator}: this process is not in group, whose ranks alone can call it")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"{operator}: expected group to be a process group or True, got {type(group).__name__}; "
             "of a device mesh pass mesh.get_group()"
         )
-    if dist.get_rank(group) < 0:
-        raise ValueError(f"{operator}: this process is not in group, whose ranks alone can call it")
     if not _library.has_kernel(features):
         raise ValueError(f"{operator}: group needs tensors of the CPU or CUDA, got {features.device}")
     return group if dist.get_world_size(group) > 1 else None
+
+
+def refuse_create_graph(operator: str) -> None:
+    """To be called in the backward pass of a gathered loss."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{operator}: with group there are gradients of first order alone, and create_graph asks for more"
+        )
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
@@ -57,9 +66,7 @@ class Ranks:
         first = next(tensor for tensor in tensors.values() if tensor is not None)
         own = torch.tensor([len(first), *(code for tensor in tensors.values() for code in _layout(tensor))])
         own = own.to(first.device)
-        everyone = own.new_empty(dist.get_world_size(group), len(own))
-        dist.all_gather_into_tensor(everyone, own, group=group)
-        self.sizes, *layouts = everyone.t().tolist()
+        self.sizes, *layouts = torch.stack(_all_gather(own, group)).t().tolist()
         for name, lengths, dtypes in zip(tensors, layouts[::2], layouts[1::2], strict=True):
             if len(set(lengths)) > 1 or len(set(dtypes)) > 1:
                 found = [
@@ -90,12 +97,16 @@ class Ranks:
         if len(rows) < largest:  # collectives move as much from every rank
             padded = rows.new_zeros(largest, *rows.shape[1:])
             padded[: len(rows)] = rows
-        everyone = rows.new_empty(largest * self.world_size, *rows.shape[1:])
-        dist.all_gather_into_tensor(everyone, padded.contiguous(), group=self._group)
-        if min(self.sizes) == largest:
-            return everyone
-        parts = zip(torch.split(everyone, largest), self.sizes, strict=True)
-        return torch.cat([part[:size] for part, size in parts])
+        everyone = zip(_all_gather(padded, self._group), self.sizes, strict=True)
+        return torch.cat([part[:size] for part, size in everyone])
+
+
+def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The tensors, of one shape, of all ranks."""
+    tensor = tensor.contiguous()
+    everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, tensor, group=group)
+    return everyone
 
 
 def _layout(tensor: Tensor | None) -> tuple[int, int]:

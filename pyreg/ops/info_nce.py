@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyreg.ops import _contrastive, _library, _ranks
 from pyreg.reference import info_nce as reference
@@ -273,8 +272,8 @@ class _InfoNceOfAllRanks(torch.autograd.Function):
         return losses.to(dtype)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        _ranks.refuse_create_graph(_NAME)
         if not ctx.saved_tensors:  # no rank has a row
             return (None,) * 6
         query, key, log_q, ids, queries, keys, log_qs, query_ids, key_ids, table = ctx.saved_tensors
