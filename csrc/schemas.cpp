@@ -92,4 +92,18 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "sinkhorn_points(Tensor x, Tensor y, int point_cost, bool is_streaming, Tensor a, Tensor b, Tensor log_a, Tensor "
       "log_b, Tensor? rho_a, Tensor? rho_b, Tensor epsilon, Tensor first_epsilon, float epsilon_factor, bool "
       "is_counting, int max_iter, float tol, Tensor initial) -> (Tensor f, Tensor g, Tensor error, Tensor iterations)");
+  // What follows them is in pyreg/ops/_potentials.py. Potentials here leave the weights out, and weights of 0 have one.
+  library.def(
+      "sinkhorn_potentials(Tensor cost, Tensor a, Tensor b, Tensor? rho_a, Tensor? rho_b, Tensor epsilon, Tensor "
+      "first_epsilon, float epsilon_factor, bool is_counting, int max_iter, float tol, Tensor initial) -> (Tensor f, "
+      "Tensor g, Tensor error, Tensor iterations)");
+  library.def(
+      "sinkhorn_value(Tensor cost, Tensor a, Tensor b, Tensor f, Tensor g, Tensor? rho_a, Tensor? rho_b, Tensor "
+      "epsilon, bool is_counting) -> Tensor");
+  library.def(
+      "sinkhorn_plan(Tensor cost, Tensor row_potentials, Tensor column_potentials, Tensor epsilon, ScalarType dtype) "
+      "-> Tensor");
+  library.def(
+      "sinkhorn_adjoint(Tensor plan, Tensor row_factors, Tensor column_factors, Tensor row_kappas, Tensor "
+      "column_kappas, Tensor rows, Tensor columns, bool transposed) -> (Tensor rows, Tensor columns)");
 }

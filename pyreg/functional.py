@@ -3,6 +3,7 @@
 from pyreg.ops.conr import conr_loss
 from pyreg.ops.info_nce import info_nce
 from pyreg.ops.linear_stablemax import linear_stablemax_cross_entropy
+from pyreg.ops.sinkhorn import sinkhorn
 from pyreg.ops.stablemax import (
     log_stablemax,
     stablemax,
@@ -17,6 +18,7 @@ __all__ = [
     "info_nce",
     "linear_stablemax_cross_entropy",
     "log_stablemax",
+    "sinkhorn",
     "stablemax",
     "stablemax_cross_entropy",
     "stablemax_cross_entropy_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -66,6 +67,25 @@ def vmap_one_by_one(name: str) -> None:
         if isinstance(samples[0], Tensor):
             return torch.stack(samples), 0
         return tuple(torch.stack(results) for results in zip(*samples, strict=True)), (0,) * len(samples[0])
+
+
+def vmap_into_batch(name: str) -> None:
+    """The batching rule of an operator all of whose tensors have a first dimension of independent problems: samples are
+    further problems."""
+    operation = operator(name)
+
+    @vmap(name)
+    def _(info: Any, in_dims: Any, *args: Any) -> Any:
+        def problems(arg: Any, dim: int | None) -> Any:
+            if not isinstance(arg, Tensor):
+                return arg
+            samples = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            return samples.flatten(0, 1).contiguous()
+
+        result = operation(*map(problems, args, in_dims))
+        if isinstance(result, Tensor):
+            return result.reshape(info.batch_size, -1, *result.shape[1:]), 0
+        return tuple(part.reshape(info.batch_size, -1, *part.shape[1:]) for part in result), (0,) * len(result)
 
 
 _rules = torch.library.Library("pyreg", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -188,6 +208,21 @@ def is_batched(tensor: Tensor) -> bool:
 def is_autocast(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device; meta tensors know none."""
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast is off inside, on the tensor's device."""
+    return torch.autocast(tensor.device.type, enabled=False) if is_autocast(tensor) else contextlib.nullcontext()
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether values are there to be looked at, be it by waiting for a GPU: not while tracing or capturing, nor inside
+    of ``torch.func``, where a tensor may stand for many."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def checks_values() -> bool:
