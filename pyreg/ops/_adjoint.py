@@ -7,8 +7,8 @@ r"""The linear equations of Sinkhorn's implicit derivatives, as an operator with
 
 of a batch, ``E [B, n, m]``, factors A, B of 1 or 0, and the matrix transposed where asked for. Unknowns of factor 0
 follow from the others, or before them; the others' matrix ``[r / kappa, P; P^T, c / lambda]`` is symmetric and
-positive, but for a constant ``(p + t, q - t)`` that is free where the marginals of a connected part of the plan must
-hold. The gradients of functions of the plan leave it free too, and any solution will do.
+positive, but for a constant ``(p + t, q - t)`` that is free where no marginal has a penalty. Right sides that gradients
+lead to have solutions there too; the one that is taken has no part along the constant in the scaled form below.
 """
 
 from __future__ import annotations
@@ -40,17 +40,19 @@ def _solve(
 ) -> tuple[Tensor, Tensor]:
     by_row = _inverse(_times(plan, column_factors) / row_kappas)
     by_column = _inverse(_times(plan.mT, row_factors) / column_kappas)
-    # Without derivatives here, so that 0 times what E has between two weights of 0 does no harm.
     has_row, has_column = row_factors > 0, column_factors > 0
+    is_free = ((row_kappas == 1) | ~has_row).all(1) & ((column_kappas == 1) | ~has_column).all(1)
+    by_active_row, by_active_column = by_row * has_row, by_column * has_column
     if transposed:
-        p, q = _solve_positive(plan, has_row, has_column, by_row, by_column, rows, columns)
+        p, q = _solve_positive(plan, by_active_row, by_active_column, is_free, rows, columns)
         p_rest = by_row * (rows - _times(plan, q))
         q_rest = by_column * (columns - _times(plan.mT, p))
     else:
         p_rest, q_rest = by_row * rows, by_column * columns
         from_rows = _times(plan.mT, torch.where(has_row, 0, p_rest))
         from_columns = _times(plan, torch.where(has_column, 0, q_rest))
-        p, q = _solve_positive(plan, has_row, has_column, by_row, by_column, rows - from_columns, columns - from_rows)
+        active = rows - from_columns, columns - from_rows
+        p, q = _solve_positive(plan, by_active_row, by_active_column, is_free, *active)
     return torch.where(has_row, p, p_rest), torch.where(has_column, q, q_rest)
 
 
@@ -64,25 +66,25 @@ def _inverse(x: Tensor) -> Tensor:
 
 
 def _solve_positive(
-    plan: Tensor,
-    has_row: Tensor,
-    has_column: Tensor,
-    by_row: Tensor,
-    by_column: Tensor,
-    rows: Tensor,
-    columns: Tensor,
+    plan: Tensor, by_row: Tensor, by_column: Tensor, is_free: Tensor, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Where both factors are 1; 0 elsewhere. The longer side is eliminated, the shorter scaled to a unit diagonal:
 
-    (1 - K K^T) y = rows / s - K (columns / t),   K = P / (s t),  s = sqrt(r / kappa),  t = sqrt(c / lambda)
+        (1 - K K^T) y = rows / s - K (columns / t),   K = P / (s t),  s = sqrt(r / kappa),  t = sqrt(c / lambda)
+
+    by_row and by_column are 1 / s^2 and 1 / t^2. The constant, y = s, is taken out where it is free.
     """
     if plan.shape[1] > plan.shape[2]:
-        q, p = _solve_positive(plan.mT, has_column, has_row, by_column, by_row, columns, rows)
+        q, p = _solve_positive(plan.mT, by_column, by_row, is_free, columns, rows)
         return p, q
-    by_s, by_t = (by_row * has_row).sqrt(), (by_column * has_column).sqrt()
+    by_s, by_t = by_row.sqrt(), by_column.sqrt()
+    constant = _inverse(by_s) * is_free.unsqueeze(1)
+    constant = constant * _inverse(torch.linalg.vector_norm(constant, dim=1, keepdim=True))
     kernel = plan * by_s.unsqueeze(2) * by_t.unsqueeze(1)
     right = by_s * rows - _times(kernel, by_t * columns)
+    right = right - constant * (constant * right).sum(1, keepdim=True)
     y = _direct(kernel, right) if kernel.shape[1] <= _MOST_DIRECT else _conjugate_gradients(kernel, right)
+    y = y - constant * (constant * y).sum(1, keepdim=True)
     z = by_t * columns - _times(kernel.mT, y)
     return by_s * y, by_t * z
 

@@ -103,8 +103,8 @@ class Side(NamedTuple):
         return torch.exp(-self.public.masked_fill(self.rho == torch.inf, 0) / self.rho)
 
     def sum(self, values: Tensor) -> Tensor:
-        """``[B]``, over the weights; one of 0 adds nothing, whatever its value."""
-        return torch.where(self.weights > 0, self.weights * values, 0).sum(1)
+        """``[B]``, over the weights; one of 0 adds nothing, be its value infinite."""
+        return (self.weights * values.masked_fill((self.weights == 0) & values.isinf(), 0)).sum(1)
 
 
 def _or_one(weights: Tensor) -> Tensor:
@@ -282,10 +282,10 @@ def _derivative_of_factors(side: Side) -> Tensor:
     return torch.where(side.weights > 0, kappa * powers / _or_one(side.weights) * scale, (kappa == 1) * scale)
 
 
+@_library.fake("sinkhorn")
 @_library.fake("sinkhorn_potentials")
 def _fake_potentials(cost: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    batch = cost.shape[0]
-    error, iterations = (a.new_empty((batch,), dtype=dtype) for dtype in (torch.float64, torch.int64))
+    error, iterations = (a.new_empty((a.shape[0],), dtype=dtype) for dtype in (torch.float64, torch.int64))
     return torch.empty_like(a), torch.empty_like(b), error, iterations
 
 
