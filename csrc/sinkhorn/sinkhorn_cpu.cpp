@@ -341,14 +341,15 @@ class Problem {
     error = sum_of_errors();
     widest_v_ = 1;
     for (int64_t j = 0; j < stride_; ++j) {
-      if (column_factor_.get()[j] == 0) {
+      if (v_.get()[j] == 0) {
         next_v_.get()[j] = 0;
         continue;
       }
       const double sum = column_sum(j);
       const double kappa = column_kappa_.get()[j];
       const double v = column_factor_.get()[j] * (kappa == 1 ? 1 / sum : std::pow(sum, -kappa));
-      is_sound = is_sound && sum > 1 / static_cast<double>(kWidest<A>) && v < static_cast<double>(kWidest<A>) && v > 0;
+      constexpr double kWide = kWidest<A>;
+      is_sound = is_sound && sum > 1 / kWide && v > 1 / kWide && v < kWide;
       widest_v_ = std::fmax(widest_v_, std::fmax(v, 1 / v));
       next_v_.get()[j] = static_cast<A>(v);
     }
@@ -390,14 +391,14 @@ class Problem {
 
   A scaling_of_row(int64_t i, A sum, int64_t block) {
     const A factor = row_factor_.get()[i], kappa = row_kappa_.get()[i], before = u_.get()[i];
-    if (factor == 0) return u_.get()[i] = 0;
+    if (before == 0) return 0;
     const A u = kappa == 1 ? factor / sum : factor * static_cast<A>(std::pow(static_cast<double>(sum), -kappa));
     if (is_balanced_) {
       errors_.get()[block] += std::abs(args_.row.weights[index_ * n_ + i] - static_cast<double>(before) * sum);
     } else {
       errors_.get()[block] += args_.row.weights[index_ * n_ + i] * std::abs(std::log(u / before));
     }
-    if (!(sum > 1 / kWidest<A>) || !(u < kWidest<A>)) is_wide_.get()[block] = true;
+    if (!(sum > 1 / kWidest<A>) || !(u > 1 / kWidest<A> && u < kWidest<A>)) is_wide_.get()[block] = true;
     return u_.get()[i] = u;
   }
 
