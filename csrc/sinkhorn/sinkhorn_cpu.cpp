@@ -131,15 +131,19 @@ class Problem {
     double epsilon = args_.first_epsilon[index_] > last ? args_.first_epsilon[index_] : last;
     int64_t iteration = 0;
     double error = INFINITY;
-    while (iteration < args_.max_iterations) {
+    const int64_t max_iterations = args_.max_iterations;
+    while (iteration < max_iterations) {
+      // The last one is made at the epsilon that was asked for, whatever stage has been reached: so is the error.
+      if (iteration + 1 == max_iterations) epsilon = last;
       const bool is_last = epsilon <= last;
       set_epsilon(epsilon);
       error = log_domain_iteration();
       ++iteration;
       build_kernel();
-      const int64_t end = is_last ? args_.max_iterations : iteration + kStageIterations;
+      const int64_t stage_end = iteration + kStageIterations;
+      const int64_t end = is_last ? max_iterations : stage_end < max_iterations ? stage_end : max_iterations - 1;
       bool has_kernel = true;
-      while (iteration < end && iteration < args_.max_iterations && !(is_last && error <= args_.tolerance)) {
+      while (iteration < end && !(is_last && error <= args_.tolerance)) {
         if (!has_kernel) {
           build_kernel();
           has_kernel = true;
