@@ -95,6 +95,27 @@ struct PointsCost {
   Scratch<A> y;  // [dimension, stride]
 };
 
+// ---- potentials and costs ----
+
+// A potential as one number of A and what that leaves.
+template <typename A>
+struct Split {
+  explicit Split(double x) : high(static_cast<A>(x)), low(std::isfinite(x) ? static_cast<A>(x - high) : A(0)) {}
+  A high, low;
+};
+
+// p - c + q + low. Potentials and costs are some thousand epsilon at times, and their difference some epsilon: what
+// float loses in the first two steps is added back (Knuth's sum without error). Minus infinity stays it.
+template <typename A>
+inline Vector<A> difference(Vector<A> p, Vector<A> c, Vector<A> q, Vector<A> low) {
+  const Vector<A> first = p - c, sum = first + q;
+  if constexpr (sizeof(A) == 8) return sum;
+  const Vector<A> minus_c = first - p, first_loss = (p - (first - minus_c)) - (c + minus_c);
+  const Vector<A> added = sum - first, loss = (first - (sum - added)) + (q - added);
+  const Vector<A> exact = sum + (first_loss + loss + low);
+  return sum > broadcast(-static_cast<A>(__builtin_inf())) ? exact : sum;
+}
+
 // ---- the iteration ----
 
 template <typename Cost>
@@ -122,6 +143,7 @@ class Problem {
         column_factor_(stride_),
         column_kappa_(stride_),
         shifted_(stride_),
+        shifted_low_(stride_),
         maxima_(blocks_ * stride_),
         errors_(blocks_),
         is_wide_(blocks_) {}
@@ -206,8 +228,7 @@ class Problem {
   // x_j = (G_j - largest) / eps as A would lose what C and G have in common: kept as potentials, subtracted first.
   double log_domain_iteration() {
     const A scale = static_cast<A>(1 / epsilon_);
-    for (int64_t j = 0; j < m_; ++j) shifted_.get()[j] = static_cast<A>(column_potentials()[j]);
-    for (int64_t j = m_; j < stride_; ++j) shifted_.get()[j] = -static_cast<A>(__builtin_inf());
+    split_column_potentials();
     for_each_block([&](int64_t block) {
       double error = 0;
       for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
@@ -224,7 +245,8 @@ class Problem {
         if (maximum > -static_cast<A>(__builtin_inf())) {
           Vector<A> sum{};
           for_each_vector(c, [&](int64_t j, Vector<A> cost) {
-            sum += exponential((load(shifted_.get() + j) - cost - maximum) * scale);
+            const Vector<A> potential = load(shifted_.get() + j), low = load(shifted_low_.get() + j);
+            sum += exponential(difference<A>(potential, cost, broadcast(-maximum), low) * scale);
           });
           const double log_sum = static_cast<double>(maximum) / epsilon_ + std::log(static_cast<double>(sum_lanes(sum)));
           const int64_t k = index_ * n_ + i;
@@ -264,9 +286,11 @@ class Problem {
       A* const sums = partial_.get() + block * stride_;
       for (int64_t j = 0; j < stride_; ++j) sums[j] = 0;
       for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
-        const A potential = static_cast<A>(row_potentials()[i]);
+        const Split<A> potential(row_potentials()[i]);
         for_each_vector(cost_.row(i), [&](int64_t j, Vector<A> cost) {
-          store(sums + j, load(sums + j) + exponential((potential - cost - load(shifted_.get() + j)) * scale));
+          const Vector<A> high = broadcast(potential.high), low = broadcast(potential.low);
+          const Vector<A> x = difference<A>(high, cost, -load(shifted_.get() + j), low);
+          store(sums + j, load(sums + j) + exponential(x * scale));
         });
       }
     });
@@ -298,15 +322,23 @@ class Problem {
 
   // ---- by scaling ----
 
+  void split_column_potentials() const {
+    for (int64_t j = 0; j < stride_; ++j) {
+      const Split<A> potential(j < m_ ? column_potentials()[j] : -INFINITY);
+      shifted_.get()[j] = potential.high;
+      shifted_low_.get()[j] = potential.low;
+    }
+  }
+
   // Scalings of 1 around the potentials as they are, and K for them.
   void build_kernel() {
+    split_column_potentials();
     const auto factor = [&](const SinkhornSide& side, int64_t k, double potential) {
       const double exponent = target(side, k) + (kappa(side, k, epsilon_) - 1) * potential / epsilon_;
       return std::isfinite(potential) ? static_cast<A>(std::exp(exponent)) : A(0);
     };
     for (int64_t j = 0; j < stride_; ++j) {
       const double potential = j < m_ ? column_potentials()[j] : -INFINITY;
-      shifted_.get()[j] = static_cast<A>(potential);
       column_factor_.get()[j] = j < m_ ? factor(args_.column, index_ * m_ + j, potential) : A(0);
       v_.get()[j] = std::isfinite(potential) ? A(1) : A(0);
     }
@@ -322,9 +354,11 @@ class Problem {
   }
 
   void fill_row(int64_t i, A* k) const {
-    const A scale = static_cast<A>(1 / epsilon_), potential = static_cast<A>(row_potentials()[i]);
+    const A scale = static_cast<A>(1 / epsilon_);
+    const Split<A> potential(row_potentials()[i]);
     for_each_vector(cost_.row(i), [&](int64_t j, Vector<A> cost) {
-      store(k + j, exponential(((potential - cost) + load(shifted_.get() + j)) * scale));
+      const Vector<A> low = load(shifted_low_.get() + j) + potential.low;
+      store(k + j, exponential(difference<A>(broadcast(potential.high), cost, load(shifted_.get() + j), low) * scale));
     });
   }
 
@@ -442,7 +476,7 @@ class Problem {
   bool is_streaming_;  // K is formed anew in every iteration, kTogether rows of a block at a time
   Scratch<A> kernel_;
   Scratch<A> u_, row_factor_, row_kappa_;
-  Scratch<A> v_, next_v_, partial_, column_factor_, column_kappa_, shifted_, maxima_;
+  Scratch<A> v_, next_v_, partial_, column_factor_, column_kappa_, shifted_, shifted_low_, maxima_;
   Scratch<double> errors_;
   Scratch<bool> is_wide_;
   double epsilon_ = 0, widest_v_ = 1;
