@@ -64,8 +64,7 @@ def _half_iteration(
     """The rows' new potentials, and by how many epsilon they have moved; for a marginal that must hold that is the
     logarithm of the weight over the mass."""
     eps = epsilon.unsqueeze(1)
-    exponents = (g.unsqueeze(1).to(cost.dtype) - cost) / epsilon.view(-1, 1, 1).to(cost.dtype)
-    log_sums = exponents.logsumexp(2).double()
+    log_sums = ((g.unsqueeze(1) - cost) / epsilon.view(-1, 1, 1)).logsumexp(2)  # float64, for what costs cancel
     kappa = 1.0 if rho is None else 1 / (1 + eps / rho)
     new = eps * ((kappa * log_a if is_counting else log_a) - kappa * log_sums)
     new = new.masked_fill(log_sums == -torch.inf, -torch.inf)

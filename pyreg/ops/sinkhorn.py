@@ -6,22 +6,19 @@ Kernels: ``csrc/sinkhorn``. Operators and gradients: :mod:`pyreg.ops._potentials
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pyreg.ops import _contrastive, _library, _potentials
-from pyreg.ops._transport import Batch, DenseCost, Progress, Transport
+from pyreg.ops import _contrastive, _library, _pairwise_cost
+from pyreg.ops._dense_cost import DenseCost
+from pyreg.ops._problems import Entries, Problems, RaggedEntries
+from pyreg.ops._transport import Transport, check_memory
+from pyreg.ops._transport_problem import Number, Options, Start, solve
 
-REFERENCES = ("product", "counting")
-
-# Weights of a problem whose marginals must hold may have sums that differ by their rounding.
-_MASS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-
-Number = float | Tensor
-Potentials = Transport | tuple[Tensor, Tensor]
+Offsets = Tensor | Sequence[int]
 
 
 # ---- public functions ----
@@ -40,7 +37,7 @@ def sinkhorn(
     max_iter: int = 1000,
     tol: float = 1e-6,
     epsilon_scaling: float | None = None,
-    init: Potentials | None = None,
+    init: Start | None = None,
 ) -> Transport:
     r"""Entropic optimal transport under a cost matrix, by Sinkhorn's iteration.
 
@@ -105,281 +102,166 @@ def sinkhorn(
         >>> transport.value, transport.plan().shape
         (tensor(0.3120), torch.Size([50, 60]))
     """
-    operator = "sinkhorn"
-    _check_cost(operator, cost)
-    return _solve(
-        operator,
-        cost,
-        (a, b),
-        epsilon=epsilon,
-        relative_epsilon=relative_epsilon,
-        rhos=(rho_a, rho_b),
-        reference=reference,
-        max_iter=max_iter,
-        tol=tol,
-        epsilon_scaling=epsilon_scaling,
-        init=init,
-    )
-
-
-# ---- from public arguments to the operator's ----
-
-
-def _solve(
-    operator: str,
-    cost: Tensor,
-    weights: tuple[Tensor | None, Tensor | None],
-    *,
-    epsilon: Number | None,
-    relative_epsilon: float | None,
-    rhos: tuple[Number | None, Number | None],
-    reference: str,
-    max_iter: int,
-    tol: float,
-    epsilon_scaling: float | None,
-    init: Potentials | None,
-    points: tuple[Tensor, Tensor] | None = None,
-) -> Transport:
-    batch = Batch(tuple(cost.shape[:-2]), cost.shape[-2], cost.shape[-1])
-    is_counting = _check_reference(operator, reference)
-    max_iter, tol = _check_iterations(operator, max_iter, tol)
-    inside = cost.reshape(-1, batch.n, batch.m).contiguous()
-    if inside.dtype.itemsize == 2:
-        inside = inside.float()
-
-    a, b = (
-        _weights(operator, name, values, shape, cost)
-        for name, values, shape in zip("ab", weights, (batch.row_shape, batch.column_shape), strict=True)
-    )
-    rho_a, rho_b = (
-        _rho(operator, name, rho, shape, cost)
-        for name, rho, shape in zip(("rho_a", "rho_b"), rhos, (batch.row_shape, batch.column_shape), strict=True)
-    )
-    must_hold = _both_must_hold(a, rho_a, rho_b)
-    b = _of_equal_mass(operator, a, b, must_hold, cost.dtype)
-    if _contrastive.reads_values(inside):
-        _check_costs(operator, inside, a, b, rho_a, rho_b)
-    eps = _epsilon(operator, epsilon, relative_epsilon, inside, batch.shape)
-    first, factor = _first_epsilon(operator, epsilon_scaling, inside, eps)
-    start = _initial(operator, init, batch, is_counting, b, eps, first)
-
-    dense = DenseCost(inside)
-    f, g, error, iterations = dense.potentials(
-        a, b, rho_a, rho_b, eps, first, factor, is_counting, max_iter, tol, start
-    )
-    row, column = (
-        _potentials.Side(potentials, mass, rho, eps, is_counting)
-        for potentials, mass, rho in ((f, a, rho_a), (g, b, rho_b))
-    )
-    shift = torch.where(must_hold, (row.sum(f) - column.sum(g)) / (a.sum(1) + b.sum(1)), 0).unsqueeze(1)
-    row, column = row._replace(potentials=f - shift), column._replace(potentials=g + shift)
-    progress = Progress(error, iterations, tol, max_iter)
-    return Transport(operator, dense, row, column, progress, batch, inside.dtype, points)
-
-
-def _check_cost(operator: str, cost: Tensor) -> None:
-    _library.check_float(operator, "cost", cost)
+    _library.check_float("sinkhorn", "cost", cost)
     if cost.dim() < 2 or 0 in cost.shape:
         raise ValueError(
-            f"{operator}: expected cost of shape [n, m] or [..., n, m] with at least one row and column, got "
+            "sinkhorn: expected cost of shape [n, m] or [..., n, m] with at least one row and one column, got "
             f"{list(cost.shape)}"
         )
-    if not _library.has_kernel(cost):
-        raise ValueError(f"{operator}: expected cost on the CPU or CUDA, got {cost.device}; move it with cost.cpu()")
+    _check_device("sinkhorn", "cost", cost)
+    batch = tuple(cost.shape[:-2])
+    problems = Problems(batch, Entries((*batch, cost.shape[-2])), Entries((*batch, cost.shape[-1])))
+    options = Options(*(a, b, epsilon, relative_epsilon, rho_a, rho_b, reference, max_iter, tol, epsilon_scaling, init))
+    inside = _computed(cost).reshape(-1, *cost.shape[-2:]).contiguous()
+    return solve("sinkhorn", DenseCost(inside), problems, options, cost, "cost")
 
 
-def _check_reference(operator: str, reference: str) -> bool:
-    """Whether it is the counting one."""
-    if reference not in REFERENCES:
-        raise ValueError(f"{operator}: expected reference to be 'product' or 'counting', got {reference!r}")
-    return reference == "counting"
+def sinkhorn_points(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    cost: str = "sqeuclidean",
+    epsilon: Number | None = None,
+    relative_epsilon: float | None = None,
+    rho_a: Number | None = None,
+    rho_b: Number | None = None,
+    reference: str = "product",
+    max_iter: int = 1000,
+    tol: float = 1e-6,
+    epsilon_scaling: float | None = None,
+    init: Start | None = None,
+    x_offsets: Offsets | None = None,
+    y_offsets: Offsets | None = None,
+) -> Transport:
+    r"""Entropic optimal transport between point clouds: :func:`sinkhorn` under a cost of their points.
+
+    .. code-block:: text
+
+        "sqeuclidean"  C_ij = |x_i - y_j|^2
+        "euclidean"    C_ij = |x_i - y_j|
+        "cosine"       C_ij = 1 - x_i . y_j / (|x_i| |y_j|),  1 for a point at 0
+
+    Args:
+        x, y: points ``[n, d]`` and ``[m, d]``, or ``[..., n, d]`` and ``[..., m, d]``, a batch of independent problems;
+            float64, float32, bfloat16 or float16.
+        a, b: weights ``[n]`` or ``[..., n]`` and ``[m]`` or ``[..., m]`` of the points' dtype.
+        cost: ``"sqeuclidean"``, ``"euclidean"`` or ``"cosine"``.
+        x_offsets, y_offsets: of a ragged batch, B + 1 ascending integers from 0 to N: x ``[N, d]`` has the points of
+            all problems, those of problem k at ``x_offsets[k]`` to ``x_offsets[k + 1]``. Weights, potentials and what
+            else is ``[..., n]`` are ``[N]`` then; numbers, and epsilon where it is a tensor, are ``[B]``. Tensors are
+            read, which waits for a GPU.
+        epsilon, relative_epsilon, rho_a, rho_b, reference, max_iter, tol, epsilon_scaling, init: as of
+            :func:`sinkhorn`.
+
+    Returns:
+        :class:`Transport`; its ``barycentric_map()`` needs no points.
+
+    Gradient:
+        With respect to ``x``, ``y``, ``a`` and ``b``, to any order, as of :func:`sinkhorn`:
+        ``dvalue/dx_i = sum_j P_ij dC_ij/dx_i``. That of ``"euclidean"`` is 0 where two points meet, that of
+        ``"cosine"`` at 0.
+
+    Raises:
+        ValueError, TypeError: as of :func:`sinkhorn`; dimensions of points that differ or are 0, clouds without points,
+            NaN or infinite coordinates, offsets that do not fit.
+
+    Example:
+        >>> x, y = torch.randn(50, 2, requires_grad=True), torch.randn(60, 2)
+        >>> pyreg.functional.sinkhorn_points(x, y, epsilon=0.1).value.backward()
+    """
+    operator = "sinkhorn_points"
+    if cost not in _pairwise_cost.COSTS:
+        raise ValueError(f"{operator}: expected cost to be 'sqeuclidean', 'euclidean' or 'cosine', got {cost!r}")
+    _check_points(operator, x, y)
+    problems = _problems_of_points(operator, x, y, x_offsets, y_offsets)
+    options = Options(*(a, b, epsilon, relative_epsilon, rho_a, rho_b, reference, max_iter, tol, epsilon_scaling, init))
+    points = problems.rows.inside(_computed(x)), problems.columns.inside(_computed(y))
+    return solve(operator, _cost_of_points(operator, *points, cost, problems), problems, options, x, "x", points[1])
 
 
-def _check_iterations(operator: str, max_iter: int, tol: float) -> tuple[int, float]:
-    if not isinstance(max_iter, int) or max_iter < 1:
-        raise ValueError(f"{operator}: expected max_iter to be an integer >= 1, got {max_iter!r}")
-    return max_iter, _contrastive.check_number(operator, "tol", tol, 0, or_equal=True)
+# ---- arguments ----
 
 
-def _check_like(operator: str, name: str, tensor: Any, cost: Tensor, dtype: bool) -> None:
-    """An error unless the argument is a tensor on the cost's device, and of its dtype."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
-    if tensor.device != cost.device:
+def _computed(tensor: Tensor) -> Tensor:
+    """In the dtype that is computed in."""
+    return tensor.float() if tensor.dtype.itemsize == 2 else tensor
+
+
+def _check_device(operator: str, name: str, tensor: Tensor) -> None:
+    if not _library.has_kernel(tensor):
         raise ValueError(
-            f"{operator}: expected {name} on the cost's device {cost.device}, got {tensor.device}; move it with "
-            f"{name}.to({str(cost.device)!r})"
+            f"{operator}: expected {name} on the CPU or CUDA, got {tensor.device}; move it with {name}.cpu()"
         )
-    if dtype and tensor.dtype != cost.dtype:
+
+
+def _check_points(operator: str, x: Tensor, y: Tensor) -> None:
+    for name, points, symbol in (("x", x, "n"), ("y", y, "m")):
+        _library.check_float(operator, name, points)
+        _check_device(operator, name, points)
+        if points.dim() < 2 or 0 in points.shape:
+            raise ValueError(
+                f"{operator}: expected {name} of shape [{symbol}, d] or [..., {symbol}, d] with at least one point of "
+                f"at least one dimension, got {list(points.shape)}"
+                + ("; use unsqueeze(1) for points on a line" if points.dim() == 1 else "")
+            )
+        if _contrastive.reads_values(points):
+            _contrastive.check_finite(operator, name, points)
+    if y.device != x.device:
+        raise ValueError(
+            f"{operator}: expected y on the device of x, {x.device}, got {y.device}; move it with y.to(x.device)"
+        )
+    if y.dtype != x.dtype:
         raise TypeError(
-            f"{operator}: expected {name} of the cost's dtype {cost.dtype}, got {tensor.dtype}; convert it with "
-            f"{name}.to({cost.dtype})"
+            f"{operator}: expected y of the dtype of x, {x.dtype}, got {y.dtype}; convert it with y.to(x.dtype)"
         )
-
-
-def _expanded(operator: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """``[B, n]``, float64, from ``[n]`` or ``[..., n]``."""
-    symbol = "n" if name.endswith(("a", "f")) else "m"
-    if tensor.dim() == 0 or tensor.dim() > len(shape) or tensor.shape != shape[len(shape) - tensor.dim() :]:
-        expected = f"[{symbol}] = [{shape[-1]}]"
-        if len(shape) > 1:
-            expected += f" or [..., {symbol}] = {list(shape)}"
-        raise ValueError(f"{operator}: expected {name} of shape {expected}, got {list(tensor.shape)}")
-    return tensor.double().expand(shape).reshape(-1, shape[-1]).contiguous()
-
-
-def _weights(operator: str, name: str, weights: Tensor | None, shape: tuple[int, ...], cost: Tensor) -> Tensor:
-    if weights is None:
-        count = shape[-1]
-        return cost.new_full((math.prod(shape[:-1]), count), 1 / count, dtype=torch.float64)
-    _check_like(operator, name, weights, cost, dtype=True)
-    if _contrastive.reads_values(weights):
-        _contrastive.check_finite(operator, name, weights)
-        if (least := weights.min().item()) < 0:
-            raise ValueError(f"{operator}: expected {name} to be at least 0, got {least}")
-    result = _expanded(operator, name, weights, shape)
-    if _contrastive.reads_values(result) and not bool(result.any(1).all()):
-        raise ValueError(f"{operator}: expected {name} with a weight above 0 in every problem, got a sum of 0")
-    return result
-
-
-def _rho(operator: str, name: str, rho: Number | None, shape: tuple[int, ...], cost: Tensor) -> Tensor | None:
-    """``[B, n]``; None where all of it is known to be infinite."""
-    if rho is None:
-        return None
-    if isinstance(rho, Tensor):
-        _check_like(operator, name, rho, cost, dtype=False)
-        _contrastive.check_constant(operator, name, rho)
-        if _contrastive.reads_values(rho) and not bool((rho > 0).all()):
-            raise ValueError(f"{operator}: expected {name} to be above 0, got {rho[~(rho > 0)].flatten()[0].item()}")
-        rho = rho.detach()
-        if _contrastive.reads_values(rho) and bool((rho == math.inf).all()):
-            return None
-        return _expanded(operator, name, rho.expand(shape) if rho.dim() == 0 else rho, shape)
-    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not rho > 0:
-        raise ValueError(f"{operator}: expected {name} to be a number above 0, inf or a tensor of such, got {rho!r}")
-    if rho == math.inf:
-        return None
-    return cost.new_full((math.prod(shape[:-1]), shape[-1]), float(rho), dtype=torch.float64)
-
-
-def _both_must_hold(a: Tensor, rho_a: Tensor | None, rho_b: Tensor | None) -> Tensor:
-    """``[B]``: which problems have no finite penalty."""
-    result = torch.ones(a.shape[0], dtype=torch.bool, device=a.device)
-    for rho in (rho_a, rho_b):
-        if rho is not None:
-            result = result & (rho == torch.inf).all(1)
-    return result
-
-
-def _of_equal_mass(operator: str, a: Tensor, b: Tensor, must_hold: Tensor, dtype: torch.dtype) -> Tensor:
-    """b, of a's sum where both marginals must hold."""
-    masses = a.detach().sum(1), b.detach().sum(1)
-    if _contrastive.reads_values(masses[0]):
-        apart = must_hold & ((masses[0] - masses[1]).abs() > _MASS_TOLERANCE[dtype] * masses[0])
-        if bool(apart.any()):
-            of_a, of_b = (mass[apart][0].item() for mass in masses)
-            raise ValueError(
-                f"{operator}: expected a and b of equal sums where both marginals must hold, got {of_a:.8g} and "
-                f"{of_b:.8g}; divide them by their sums, or give rho_a or rho_b"
-            )
-    return b * torch.where(must_hold, masses[0] / masses[1], 1).unsqueeze(1)
-
-
-def _check_costs(operator: str, cost: Tensor, a: Tensor, b: Tensor, rho_a: Tensor | None, rho_b: Tensor | None) -> None:
-    # The sum of finite numbers is finite but for an overflow: one cheap pass.
-    if math.isfinite(cost.sum().item()):
-        return
-    wrong = cost[~(cost > -torch.inf)]
-    if wrong.numel() > 0:
-        raise ValueError(f"{operator}: expected cost without NaN and -inf, got {wrong[0].item()}; +inf forbids a pair")
-    is_forbidden = cost == torch.inf
-    for name, weights, rho, dim in (("a", a, rho_a, 2), ("b", b, rho_b, 1)):
-        stuck = is_forbidden.all(dim) & (weights > 0)
-        if rho is not None:
-            stuck &= rho == torch.inf
-        if bool(stuck.any()):
-            problem, entry = stuck.nonzero()[0].tolist()
-            line = "row" if name == "a" else "column"
-            raise ValueError(
-                f"{operator}: every cost in {line} {entry} of problem {problem} is infinite, but its weight "
-                f"{name} = {weights[problem, entry].item():.3g} must be transported; make it 0, or give rho_{name}"
-            )
-
-
-def _epsilon(
-    operator: str, epsilon: Number | None, relative: float | None, cost: Tensor, shape: tuple[int, ...]
-) -> Tensor:
-    """``[B]``, float64."""
-    if (epsilon is None) == (relative is None):
-        given = "neither" if epsilon is None else "both"
-        raise ValueError(f"{operator}: expected either epsilon or relative_epsilon, got {given}")
-    if relative is not None:
-        factor = _contrastive.check_number(operator, "relative_epsilon", relative, 0, or_equal=False)
-        is_there = cost < torch.inf
-        means = torch.where(is_there, cost, 0).detach().sum((1, 2), dtype=torch.float64) / is_there.sum((1, 2))
-        if _contrastive.reads_values(means) and not bool((means > 0).all()):
-            raise ValueError(
-                f"{operator}: relative_epsilon needs costs whose mean is above 0, got {means.min().item():.3g}; "
-                "give epsilon"
-            )
-        return factor * means
-    if not isinstance(epsilon, Tensor):
-        epsilon = _contrastive.check_number(operator, "epsilon", epsilon, 0, or_equal=False)  # type: ignore[arg-type]
-        return cost.new_full((cost.shape[0],), epsilon, dtype=torch.float64)
-    _check_like(operator, "epsilon", epsilon, cost, dtype=False)
-    _contrastive.check_constant(operator, "epsilon", epsilon)
-    if epsilon.dim() > len(shape) or epsilon.shape != shape[len(shape) - epsilon.dim() :]:
+    if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
         raise ValueError(
-            f"{operator}: expected epsilon to be a number or of the batch's shape {list(shape)}, got "
-            f"{list(epsilon.shape)}"
+            f"{operator}: expected x [..., n, d] and y [..., m, d] with the same batch and dimension, got "
+            f"{list(x.shape)} and {list(y.shape)}"
         )
-    if _contrastive.reads_values(epsilon):
-        _contrastive.check_finite(operator, "epsilon", epsilon)
-        if (least := epsilon.min().item()) <= 0:
-            raise ValueError(f"{operator}: expected epsilon to be above 0, got {least}")
-    return epsilon.detach().double().expand(shape).reshape(-1).contiguous()
 
 
-def _first_epsilon(operator: str, scaling: float | None, cost: Tensor, epsilon: Tensor) -> tuple[Tensor, float]:
-    """Where stages of epsilon begin, ``[B]``, and the factor between them."""
-    if scaling is None:
-        return epsilon, 0.5
-    factor = _contrastive.check_number(operator, "epsilon_scaling", scaling, 0, or_equal=False)
-    if factor >= 1:
-        raise ValueError(f"{operator}: expected epsilon_scaling to be a factor between 0 and 1, got {scaling!r}")
-    costs = cost.detach()
-    largest = torch.where(costs < torch.inf, costs, -torch.inf).amax((1, 2))
-    return torch.maximum((largest - costs.amin((1, 2))).double(), epsilon), factor
-
-
-def _initial(
-    operator: str,
-    init: Potentials | None,
-    batch: Batch,
-    is_counting: bool,
-    b: Tensor,
-    epsilon: Tensor,
-    first_epsilon: Tensor,
-) -> Tensor:
-    """The columns' potentials with ``eps log b`` to begin with, ``[B, m]``."""
-    weights = b.detach()
-    if init is None:
-        return first_epsilon.unsqueeze(1) * weights.log()
-    if isinstance(init, Transport):
-        f, g = init.potentials()
-    elif isinstance(init, tuple) and len(init) == 2 and all(isinstance(part, Tensor) for part in init):
-        f, g = init
-    else:
-        raise TypeError(f"{operator}: expected init to be a Transport or potentials (f, g), got {type(init).__name__}")
-    if f.shape != batch.row_shape or g.shape != batch.column_shape or g.device != b.device:
+def _problems_of_points(
+    operator: str, x: Tensor, y: Tensor, x_offsets: Offsets | None, y_offsets: Offsets | None
+) -> Problems:
+    if x_offsets is None and y_offsets is None:
+        batch = tuple(x.shape[:-2])
+        return Problems(batch, Entries((*batch, x.shape[-2])), Entries((*batch, y.shape[-2])))
+    if x_offsets is None or y_offsets is None:
+        given = "y_offsets" if x_offsets is None else "x_offsets"
+        raise ValueError(f"{operator}: expected x_offsets and y_offsets together, got {given} alone")
+    rows = _offsets(operator, "x_offsets", x_offsets, x, "x")
+    columns = _offsets(operator, "y_offsets", y_offsets, y, "y")
+    if len(rows) != len(columns):
         raise ValueError(
-            f"{operator}: expected init with f of shape {list(batch.row_shape)} and g of shape "
-            f"{list(batch.column_shape)} on {b.device}, got {list(f.shape)} and {list(g.shape)} on {g.device}"
+            f"{operator}: expected as many y_offsets as x_offsets, {len(rows)}, got {len(columns)}; there is one more "
+            "than there are problems"
         )
-    start = batch.inside_columns(g.detach()).double()
-    if _contrastive.reads_values(start):
-        _contrastive.check_finite(operator, "init's g", start[weights > 0])
-    if not is_counting:
-        start = start + epsilon.unsqueeze(1) * weights.log()
-    return torch.where(weights > 0, start, -torch.inf).contiguous()
+    return Problems((len(rows) - 1,), RaggedEntries(rows, x.device), RaggedEntries(columns, y.device))
+
+
+def _offsets(operator: str, name: str, offsets: Offsets, points: Tensor, of: str) -> list[int]:
+    if points.dim() != 2:
+        raise ValueError(f"{operator}: expected {of} of shape [N, d] with {name}, got {list(points.shape)}")
+    values = offsets.tolist() if isinstance(offsets, Tensor) else list(offsets)
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise TypeError(f"{operator}: expected {name} to be integers [B + 1], got {offsets!r}")
+    ascends = all(begin < end for begin, end in itertools.pairwise(values))
+    if len(values) < 2 or values[0] != 0 or values[-1] != len(points) or not ascends:
+        raise ValueError(
+            f"{operator}: expected {name} to ascend from 0 to the number of points in {of}, {len(points)}, with at "
+            f"least one point in each problem, got {values}"
+        )
+    return values
+
+
+def _cost_of_points(operator: str, x: Tensor, y: Tensor, cost: str, problems: Problems) -> DenseCost:
+    """Held; infinite where a ragged batch is padded."""
+    check_memory(operator, "the cost between all points", (*x.shape[:2], y.shape[1]), x)
+    result = _pairwise_cost.pairwise_cost(x, y, cost)
+    if isinstance(problems.rows, RaggedEntries) and isinstance(problems.columns, RaggedEntries):
+        is_padding = problems.rows.is_padding.unsqueeze(2) | problems.columns.is_padding.unsqueeze(1)
+        result = result.masked_fill(is_padding, torch.inf)
+    return DenseCost(result)
