@@ -310,6 +310,7 @@ class Problem {
 
   // Of a marginal that must hold, how far the row's mass is from its weight; else how far its potential moves.
   double row_error(int64_t k, double log_mass, double step) const {
+    if (args_.row.weights[k] == 0) return 0;
     if (is_balanced_) return std::abs(args_.row.weights[k] - std::exp(log_mass));
     return std::isfinite(step) ? args_.row.weights[k] * std::abs(step) / epsilon_ : 0;
   }
