@@ -44,7 +44,7 @@ def sinkhorn(
         new_f, step = _half_iteration(cost, log_a, rho_a, f, g, current, is_counting)
         new_g, _ = _half_iteration(cost.mT, log_b, rho_b, g, new_f, current, is_counting)
         if is_balanced:
-            new_error = (a - a * torch.exp(-step)).abs().sum(1)
+            new_error = torch.where(a > 0, a * torch.expm1(-step).abs(), 0).sum(1)
         else:
             new_error = torch.where(step.isfinite(), a * step.abs(), 0).sum(1)
         is_done = (error <= tol).unsqueeze(1)

@@ -131,8 +131,9 @@ def plan(cost: Tensor, row: Side, column: Side, dtype: torch.dtype | None = None
 # Beyond it E is not taken: it has a larger number only between two weights of 0.
 _LARGEST_EXPONENT = {torch.float64: 600.0, torch.float32: 80.0}
 
-# Entries that stay in cache while their exponents are formed in float64, whose digits the difference needs.
-_BLOCK_ENTRIES = 1 << 16
+# Entries whose exponents are formed in float64 at a time, whose digits the difference needs: few enough to stay in a
+# processor's cache, enough to fill a GPU.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 16, 1 << 24
 
 
 def _exponential_plan(cost: Tensor, f: Tensor, g: Tensor, epsilon: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,9 +148,9 @@ def _exponential_plan(cost: Tensor, f: Tensor, g: Tensor, epsilon: Tensor, dtype
 
 
 def _blocks(cost: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Problems and rows; one block on a GPU."""
+    """Problems and rows."""
     batch, n, m = cost.shape
-    entries = _BLOCK_ENTRIES if cost.is_cpu else cost.numel()
+    entries = _CPU_BLOCK if cost.is_cpu else _GPU_BLOCK
     problems = min(max(entries // max(n * m, 1), 1), max(batch, 1))
     rows = n if problems > 1 else min(max(entries // max(m, 1), 1), n)
     for first in range(0, batch, problems):
@@ -219,18 +220,30 @@ def _potentials(
 
 def _without_weights(cost: Tensor, side: Side, others: Tensor) -> Tensor:
     """``[B, n]`` from the potentials F with ``eps log w`` that the side has for now, and those of the other side."""
-    epsilon = side.epsilon.unsqueeze(1)
-    result = side.potentials - epsilon * _or_one(side.powers).log()
-    is_unknown = side.potentials == -torch.inf
-    if not cost.is_cpu:
-        exponents = (others.unsqueeze(1) - cost) / epsilon.unsqueeze(1)
-        return torch.where(is_unknown, -side.kappa * epsilon * exponents.logsumexp(2), result)
-    problems, entries = is_unknown.nonzero(as_tuple=True)
-    if len(problems) > 0:
-        exponents = (others[problems] - cost[problems, entries]) / epsilon[problems]
-        log_sums = exponents.logsumexp(1)
-        result[problems, entries] = -side.kappa[problems, entries] * side.epsilon[problems] * log_sums
+    result = side.potentials - side.epsilon.unsqueeze(1) * _or_one(side.powers).log()
+    fill = _fill_unknown if cost.is_cpu else _fill_unknown_without_waiting
+    fill(result, side.potentials == -torch.inf, cost, others, -side.kappa * side.epsilon.unsqueeze(1), side.epsilon)
     return result
+
+
+def _fill_unknown(
+    result: Tensor, is_unknown: Tensor, cost: Tensor, others: Tensor, scale: Tensor, epsilon: Tensor
+) -> None:
+    """``scale_i log sum_j exp((G_j - C_ij) / eps)`` for rows without a weight, or without anywhere to go."""
+    unknown = is_unknown.nonzero(as_tuple=True)
+    if len(unknown[0]) > 0:
+        exponents = (others[unknown[0]] - cost[unknown]) / epsilon[unknown[0]].unsqueeze(1)
+        result[unknown] = scale[unknown] * exponents.logsumexp(1)
+
+
+def _fill_unknown_without_waiting(
+    result: Tensor, is_unknown: Tensor, cost: Tensor, others: Tensor, scale: Tensor, epsilon: Tensor
+) -> None:
+    """The same, for a GPU: of all rows, since which they are is known there alone."""
+    for problems, rows in _blocks(cost):
+        exponents = (others[problems].unsqueeze(1) - cost[problems, rows]) / epsilon[problems].view(-1, 1, 1)
+        found = scale[problems, rows] * exponents.logsumexp(2)
+        result[problems, rows] = torch.where(is_unknown[problems, rows], found, result[problems, rows])
 
 
 def _setup_potentials(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

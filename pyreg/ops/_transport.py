@@ -172,13 +172,14 @@ class Transport:
         return self._problems.rows.outside(f), self._problems.columns.outside(g)
 
     def __repr__(self) -> str:
-        progress = self._progress
-        count, converged = progress.error.numel(), int((progress.error <= progress.tol).sum())
+        error, iterations, tol, _ = self._progress
+        described, count = f"Transport({self._problems}, reference={self.reference!r}", error.numel()
+        if count == 0:
+            return described + ")"
+        converged = int((error <= tol).sum())
         state = f"{converged} of {count} converged" if count > 1 else ("converged" if converged else "not converged")
-        return (
-            f"Transport({self._problems}, reference={self.reference!r}, {state} after {int(progress.iterations.max())} "
-            f"iterations, marginal_error={progress.error.max().item():.1e})"
-        )
+        most = f"{state} after {int(iterations.max())} iterations, marginal_error={error.max().item():.1e}"
+        return f"{described}, {most})"
 
     # ---- inside ----
 

@@ -105,7 +105,7 @@ class _Arguments:
                 f"convert it with {name}.to({dtype})"
             )
         result = self._expanded(name, weights, entries, 0)
-        if _contrastive.reads_values(weights):
+        if _contrastive.reads_values(weights) and weights.numel() > 0:
             _contrastive.check_finite(self._operator, name, weights)
             if (least := weights.min().item()) < 0:
                 raise ValueError(f"{self._operator}: expected {name} to be at least 0, got {least}")
@@ -118,7 +118,7 @@ class _Arguments:
         if isinstance(rho, Tensor):
             self.check_beside(name, rho)
             _contrastive.check_constant(self._operator, name, rho)
-            if _contrastive.reads_values(rho):
+            if _contrastive.reads_values(rho) and rho.numel() > 0:
                 if not bool((rho > 0).all()):
                     wrong = rho[~(rho > 0)].flatten()[0].item()
                     raise ValueError(
@@ -173,7 +173,7 @@ class _Arguments:
                 f"{operator}: expected epsilon to be a number or of the batch's shape {list(shape)}, got "
                 f"{list(epsilon.shape)}"
             )
-        if _contrastive.reads_values(epsilon):
+        if _contrastive.reads_values(epsilon) and epsilon.numel() > 0:
             _contrastive.check_finite(operator, "epsilon", epsilon)
             if (least := epsilon.min().item()) <= 0:
                 raise ValueError(f"{operator}: expected epsilon to be above 0, got {least}")

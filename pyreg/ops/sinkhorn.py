@@ -66,8 +66,8 @@ def sinkhorn(
         max_iter: at least 1; the iterations of all stages of epsilon.
         tol: what :attr:`Transport.marginal_error` has to come down to; 0 makes all iterations.
         epsilon_scaling: a factor between 0 and 1: the first iterations are made at an epsilon of the cost's range,
-            which is multiplied by the factor every few of them until it is epsilon. Small epsilons converge much sooner
-            so.
+            which is multiplied by the factor every few of them until it is epsilon. Small epsilons come near their
+            solution in a fraction of the iterations so; the last digits take as many as without.
         init: where to begin: the :class:`Transport` of a similar problem, or potentials ``(f, g)`` as it has them.
 
     Returns:
@@ -97,13 +97,13 @@ def sinkhorn(
     Algorithms for Unbalanced Transport Problems", arXiv 1607.05816.
 
     Example:
-        >>> x, y = torch.randn(50, 2), torch.randn(60, 2)
-        >>> transport = pyreg.functional.sinkhorn(torch.cdist(x, y), epsilon=0.1)
-        >>> transport.value, transport.plan().shape
-        (tensor(0.3120), torch.Size([50, 60]))
+        >>> transport = pyreg.functional.sinkhorn(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.5)
+        >>> transport.value, transport.plan()
+        (tensor(0.2831), tensor([[0.4404, 0.0596],
+                [0.0596, 0.4404]]))
     """
     _library.check_float("sinkhorn", "cost", cost)
-    if cost.dim() < 2 or 0 in cost.shape:
+    if cost.dim() < 2 or 0 in cost.shape[-2:]:
         raise ValueError(
             "sinkhorn: expected cost of shape [n, m] or [..., n, m] with at least one row and one column, got "
             f"{list(cost.shape)}"
@@ -200,7 +200,7 @@ def _check_points(operator: str, x: Tensor, y: Tensor) -> None:
     for name, points, symbol in (("x", x, "n"), ("y", y, "m")):
         _library.check_float(operator, name, points)
         _check_device(operator, name, points)
-        if points.dim() < 2 or 0 in points.shape:
+        if points.dim() < 2 or 0 in points.shape[-2:]:
             raise ValueError(
                 f"{operator}: expected {name} of shape [{symbol}, d] or [..., {symbol}, d] with at least one point of "
                 f"at least one dimension, got {list(points.shape)}"

@@ -1,0 +1,1054 @@
+"""Sinkhorn transport: against golden files, the reference, closed forms and laws; its gradients to second order."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.library import opcheck
+
+from pyreg.functional import sinkhorn, sinkhorn_points
+from pyreg.ops import _adjoint, _log_domain, _potentials, _transport
+from pyreg.reference import sinkhorn as reference
+from pyreg.transport import ConvergenceWarning, Transport
+from tests.oracle import relative_error
+
+GOLDEN = Path(__file__).parent / "golden"
+INF = math.inf
+DOUBLE = torch.float64
+REFERENCES = ["product", "counting"]
+
+# Converged to rounding: sums of some dozens of terms, through some hundred iterations.
+EXACT = {"rtol": 1e-10, "atol": 1e-11}
+CONVERGED: dict[str, Any] = {"tol": 1e-14, "max_iter": 5000}
+pytestmark = pytest.mark.filterwarnings("error::pyreg.transport.ConvergenceWarning")
+
+
+def weights_of(*shape: int) -> Tensor:
+    weights = torch.rand(*shape, dtype=DOUBLE) + 0.1
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def problem(*batch: int, n: int = 5, m: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.rand(*batch, n, m, dtype=DOUBLE), weights_of(*batch, n), weights_of(*batch, m)
+
+
+def penalties(kind: str, n: int = 5, m: int = 7) -> dict[str, Any]:
+    """rho_a and rho_b, as arguments of both the function and the reference."""
+    each = [torch.rand(k, dtype=DOUBLE) + 0.2 for k in (n, m)]
+    for rho in each:
+        rho[::2] = INF
+    return {
+        "balanced": {},
+        "unbalanced": {"rho_a": 0.7, "rho_b": 0.3},
+        "semi-relaxed": {"rho_b": 0.5},
+        "an entry each": {"rho_a": each[0], "rho_b": each[1]},
+    }[kind]
+
+
+KINDS = ["balanced", "unbalanced", "semi-relaxed", "an entry each"]
+
+
+def same_up_to_a_constant(actual: Tensor, expected: Tensor, **tolerance: float) -> None:
+    difference = actual.double() - expected
+    difference = difference - difference.mean(-1, keepdim=True)
+    torch.testing.assert_close(difference, torch.zeros_like(difference), **(tolerance or EXACT))
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad(function(*leaves), leaves)
+
+
+# ---- right: golden files, the reference, other algebra ----
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_golden(device: torch.device, number: int) -> None:
+    golden = np.load(GOLDEN / f"sinkhorn_{number}.npz")
+    x, y, a, b = (torch.from_numpy(golden[key]).to(device) for key in "xyab")
+    epsilon, rho_a, rho_b = (golden[key].item() for key in ("epsilon", "rho_a", "rho_b"))
+    x.requires_grad_()
+    y.requires_grad_()
+    transport = sinkhorn_points(
+        x, y, a, b, cost=golden["cost"].item(), epsilon=epsilon, rho_a=rho_a, rho_b=rho_b, **CONVERGED
+    )
+    assert transport.value.item() == pytest.approx(golden["reg_ot_cost"].item(), rel=1e-8)
+    transport.value.backward()
+    close = {"rtol": 0, "atol": 1e-8}
+    for actual, key in ((transport.plan(), "plan"), (x.grad, "grad_x"), (y.grad, "grad_y")):
+        torch.testing.assert_close(actual.detach().cpu(), torch.from_numpy(golden[key]), **close)
+    # The files' potentials hold epsilon log a and epsilon log b.
+    for potentials, weights, key in ((transport.f, a, "f"), (transport.g, b, "g")):
+        actual = (potentials.detach() + epsilon * weights.log()).cpu()
+        if rho_b == INF:
+            same_up_to_a_constant(actual, torch.from_numpy(golden[key]), **close)
+        else:
+            torch.testing.assert_close(actual, torch.from_numpy(golden[key]), **close)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_reference(device: torch.device, kind: str, name: str) -> None:
+    cost, a, b = problem()
+    rhos = penalties(kind)
+    expected = reference.sinkhorn(cost, a, b, 0.1, **rhos, reference=name, max_iter=5000, tol=1e-14)
+    on_device = [x.to(device) for x in (cost, a, b)]
+    rhos_there = {key: rho.to(device) if isinstance(rho, Tensor) else rho for key, rho in rhos.items()}
+    transport = sinkhorn(*on_device, epsilon=0.1, **rhos_there, reference=name, **CONVERGED)
+    value = reference.value(cost, a, b, *expected, 0.1, **rhos, reference=name)
+    plan = reference.plan(cost, a, b, *expected, 0.1, reference=name)
+    torch.testing.assert_close(transport.value.cpu(), value, **EXACT)
+    torch.testing.assert_close(transport.plan().cpu(), plan, **EXACT)
+    for actual, truth in zip((transport.f.cpu(), transport.g.cpu()), expected, strict=True):
+        if kind == "balanced":
+            same_up_to_a_constant(actual, truth)
+        else:
+            torch.testing.assert_close(actual, truth, **EXACT)
+    torch.testing.assert_close(transport.transport_cost().cpu(), (plan * cost).sum(), **EXACT)
+    for marginal, dim in zip(transport.marginals, (1, 0), strict=True):
+        torch.testing.assert_close(marginal.cpu(), plan.sum(dim), **EXACT)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_primal_equals_dual_and_marginals_hold(kind: str, name: str) -> None:
+    """The value is the dual's; the primal comes from the plan alone."""
+    cost, a, b = problem()
+    a, b = 1.7 * a, 1.7 * b
+    rhos = penalties(kind)
+    transport = sinkhorn(cost, a, b, epsilon=0.1, **rhos, reference=name, **CONVERGED)
+    plan = transport.plan()
+    product = a.unsqueeze(1) * b if name == "product" else torch.ones_like(plan)
+    primal = (plan * cost).sum() + 0.1 * (plan * (plan / product).log() - plan).sum()
+    if name == "product":
+        primal += 0.1 * product.sum()
+    potentials = transport.f, transport.g
+    for marginal, weights, key, f in zip(transport.marginals, (a, b), ("rho_a", "rho_b"), potentials, strict=True):
+        rho = torch.as_tensor(rhos.get(key, INF), dtype=DOUBLE).expand(len(weights))
+        torch.testing.assert_close(marginal, weights * torch.exp(-f / rho), **EXACT)
+        divergence = marginal * (marginal / weights).log() - marginal + weights
+        primal += (rho * divergence)[rho < INF].sum()
+    torch.testing.assert_close(transport.value, primal, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(device: torch.device, dtype: torch.dtype) -> None:
+    """float32 to its rounding; 16 bits are computed, and come out, in float32."""
+    cost, a, b = (x.to(dtype) for x in problem())
+    rhos = {"rho_a": 0.7, "rho_b": 0.3}
+    exact = sinkhorn(cost.double(), a.double(), b.double(), epsilon=0.1, **rhos, **CONVERGED)
+    transport = sinkhorn(*(x.to(device) for x in (cost, a, b)), epsilon=0.1, **rhos, tol=1e-6)
+    for what in ("value", "f", "g"):
+        actual = getattr(transport, what)
+        assert actual.dtype == torch.float32
+        # tol is 17 roundings of float32
+        torch.testing.assert_close(actual.cpu().double(), getattr(exact, what), rtol=2e-6, atol=2e-7)
+    torch.testing.assert_close(transport.plan().cpu().double(), exact.plan(), rtol=5e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("epsilon", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("cost_of", ["points", "numbers"])
+def test_float32_at_small_epsilon(epsilon: float, cost_of: str) -> None:
+    """Within 1e-5 of a float64 solver in the log domain, of the value and of the costs' range, which is 1."""
+    n, m = 40, 50
+    cost = torch.cdist(torch.rand(n, 2), torch.rand(m, 2)).square() if cost_of == "points" else torch.rand(n, m)
+    cost = (cost - cost.min()) / (cost.max() - cost.min())
+    a, b = weights_of(n).float(), weights_of(m).float()
+    truth = sinkhorn(
+        cost.double(), a.double(), b.double(), epsilon=epsilon, epsilon_scaling=0.5, tol=1e-10, max_iter=300_000
+    )
+    # That the truth is one: iterations in the log domain leave it where it is.
+    f, g = truth.f, truth.g
+    for _ in range(3):
+        f = reference._potential(cost.double(), a.double(), b.double(), g, epsilon, INF, "product")
+        g = reference._potential(cost.double().mT, b.double(), a.double(), f, epsilon, INF, "product")
+    same_up_to_a_constant(f, truth.f, rtol=0, atol=1e-9)
+    same_up_to_a_constant(g, truth.g, rtol=0, atol=1e-9)
+
+    transport = sinkhorn(cost, a, b, epsilon=epsilon, epsilon_scaling=0.5, tol=1e-6, max_iter=100_000)
+    assert transport.converged
+    assert transport.value.item() == pytest.approx(truth.value.item(), rel=1e-5)
+    assert transport.transport_cost().item() == pytest.approx(truth.transport_cost().item(), rel=1e-5)
+    if cost_of == "points" or epsilon >= 1e-2:  # others are so ill conditioned that the tolerance decides
+        same_up_to_a_constant(transport.f, truth.f, rtol=0, atol=1e-5)
+        same_up_to_a_constant(transport.g, truth.g, rtol=0, atol=1e-5)
+    # The marginals are as good as the error says: twice, for it is summed in float32.
+    rows, columns = transport.marginals
+    assert (rows - a).abs().sum() <= 2e-6
+    assert (columns - b).abs().sum() <= 2e-6
+
+
+def test_rows_that_lose_all_mass_keep_right_potentials() -> None:
+    """exp(-f / rho) is below float32's numbers."""
+    for name, scale in itertools.product(REFERENCES, (10.0, 100.0, 1000.0)):
+        cost, a, b = (x.float() for x in problem())
+        cost[3] += scale
+        cost[:, 2] += scale
+        rhos = {"rho_a": 0.05, "rho_b": 0.1, "reference": name}
+        truth = reference.sinkhorn(cost.double(), a.double(), b.double(), 0.05, **rhos, max_iter=3000)
+        transport = sinkhorn(cost, a, b, epsilon=0.05, **rhos, tol=1e-6)
+        for actual, expected in zip((transport.f, transport.g), truth, strict=True):
+            torch.testing.assert_close(actual.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+# ---- right: theory ----
+
+
+def test_diracs(device: torch.device) -> None:
+    """One point on a side: the only plan is the product."""
+    cost, b = torch.rand(1, 7, dtype=DOUBLE, device=device), weights_of(7).to(device)
+    transport = sinkhorn(cost, None, b, epsilon=0.3)
+    torch.testing.assert_close(transport.plan(), b.unsqueeze(0), **EXACT)
+    torch.testing.assert_close(transport.value, (b * cost).sum(), **EXACT)
+    assert sinkhorn(cost[:, :1], epsilon=0.3).value.item() == pytest.approx(cost[0, 0].item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_unbalanced_diracs(name: str) -> None:
+    """The minimum of p c + eps H(p) + rho KL(p | alpha) + sigma KL(p | beta) over one number p."""
+    alpha, beta, c, epsilon, rho, sigma = 0.7, 1.9, 0.6, 0.3, 0.5, 0.8
+    base = alpha * beta if name == "product" else 1.0
+    p = math.exp(
+        (epsilon * math.log(base) + rho * math.log(alpha) + sigma * math.log(beta) - c) / (epsilon + rho + sigma)
+    )
+
+    def divergence(p: float, q: float) -> float:
+        return p * math.log(p / q) - p + q
+
+    entropy = divergence(p, base) if name == "product" else p * math.log(p) - p
+    value = p * c + epsilon * entropy + rho * divergence(p, alpha) + sigma * divergence(p, beta)
+    a, b = (torch.tensor([x], dtype=DOUBLE) for x in (alpha, beta))
+    cost = torch.tensor([[c]], dtype=DOUBLE)
+    transport = sinkhorn(cost, a, b, epsilon=epsilon, rho_a=rho, rho_b=sigma, reference=name, **CONVERGED)
+    assert transport.plan().item() == pytest.approx(p, rel=1e-12)
+    assert transport.value.item() == pytest.approx(value, rel=1e-12)
+
+
+def test_permutation_as_epsilon_falls() -> None:
+    cost = torch.rand(6, 6, dtype=DOUBLE)
+    rows, columns = linear_sum_assignment(cost.numpy())
+    best = cost[rows, columns].mean().item()
+    previous = INF
+    for epsilon in (0.3, 0.1, 0.03, 0.01, 0.003):
+        transport = sinkhorn(cost, epsilon=epsilon, epsilon_scaling=0.5, tol=1e-4, max_iter=10_000)
+        excess = transport.transport_cost().item() - best
+        # No plan of these marginals has less, and the entropy is worth at most epsilon log n; costs are below 1.
+        assert -1e-4 <= excess <= epsilon * math.log(6)
+        assert excess < previous
+        previous = excess
+    plan = torch.zeros(6, 6, dtype=DOUBLE)
+    plan[rows, columns] = 1 / 6
+    torch.testing.assert_close(transport.plan(), plan, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("epsilon", [0.3, 1.0])
+def test_gaussians(epsilon: float) -> None:
+    """Janati, Muzellec, Peyre, Cuturi 2020, of one dimension, with 2 sigma^2 = epsilon; on a grid, whose sums of smooth
+    functions that vanish at its ends are integrals but for exponentially little."""
+    (mean_x, deviation_x), (mean_y, deviation_y) = (0.2, 0.8), (-0.5, 1.1)
+
+    def grid(mean: float, deviation: float) -> tuple[Tensor, Tensor]:
+        x = torch.linspace(mean - 7 * deviation, mean + 7 * deviation, 160, dtype=DOUBLE)
+        weights = torch.exp(-(((x - mean) / deviation) ** 2) / 2)
+        return x.unsqueeze(1), weights / weights.sum()
+
+    x, a = grid(mean_x, deviation_x)
+    y, b = grid(mean_y, deviation_y)
+    transport = sinkhorn_points(x, y, a, b, epsilon=epsilon, tol=1e-11)
+    s = epsilon / 2
+    root = math.sqrt(4 * deviation_x**2 * deviation_y**2 + s**2)
+    value = (mean_x - mean_y) ** 2 + deviation_x**2 + deviation_y**2 - root
+    value += s * (1 - math.log(2 * s)) + s * math.log(root + s)
+    assert transport.value.item() == pytest.approx(value, rel=1e-8)
+    slope = (root - s) / 2 / deviation_x**2
+    inner = slice(40, 120)  # half as wide as the grid
+    expected = mean_y + slope * (x[inner] - mean_x)
+    torch.testing.assert_close(transport.barycentric_map()[inner], expected, rtol=1e-6, atol=1e-6)
+
+
+SIZES = st.integers(1, 6)
+SEEDS = st.integers(0, 10_000)
+
+
+def drawn(seed: int, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return problem(n=n, m=m)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SEEDS, SIZES, SIZES, st.sampled_from(KINDS), st.sampled_from(REFERENCES))
+def test_symmetry_and_scaling(seed: int, n: int, m: int, kind: str, name: str) -> None:
+    cost, a, b = drawn(seed, n, m)
+    rhos = penalties(kind, n, m)
+    options = {"reference": name, **CONVERGED}
+    one = sinkhorn(cost, a, b, epsilon=0.2, **rhos, **options)
+    swapped = sinkhorn(cost.t(), b, a, epsilon=0.2, rho_a=rhos.get("rho_b"), rho_b=rhos.get("rho_a"), **options)
+    torch.testing.assert_close(swapped.plan().t(), one.plan(), **EXACT)
+    torch.testing.assert_close(swapped.value, one.value, **EXACT)
+    torch.testing.assert_close(swapped.f, one.g, **EXACT)
+    scaled = sinkhorn(3 * cost, a, b, epsilon=0.6, **{key: 3 * rho for key, rho in rhos.items()}, **options)
+    torch.testing.assert_close(scaled.plan(), one.plan(), **EXACT)
+    torch.testing.assert_close(scaled.value, 3 * one.value, **EXACT)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SEEDS, SIZES, SIZES, st.sampled_from(REFERENCES))
+def test_translation_and_the_free_constant(seed: int, n: int, m: int, name: str) -> None:
+    """A cost plus u_i + v_j has the same balanced plan, and potentials plus u and v."""
+    cost, a, b = drawn(seed, n, m)
+    u, v = torch.randn(n, dtype=DOUBLE), torch.randn(m, dtype=DOUBLE)
+    one = sinkhorn(cost, a, b, epsilon=0.2, reference=name, **CONVERGED)
+    other = sinkhorn(cost + u.unsqueeze(1) + v, a, b, epsilon=0.2, reference=name, **CONVERGED)
+    torch.testing.assert_close(other.plan(), one.plan(), **EXACT)
+    torch.testing.assert_close(other.value, one.value + a.dot(u) + b.dot(v), **EXACT)
+    same_up_to_a_constant(other.f, one.f + u)
+    same_up_to_a_constant(other.g, one.g + v)
+    moved = reference.plan(cost, a, b, one.f + 5, one.g - 5, 0.2, name)
+    torch.testing.assert_close(moved, one.plan(), **EXACT)
+    if name == "product":
+        torch.testing.assert_close(a.dot(one.f), b.dot(one.g), **EXACT)
+
+
+@settings(max_examples=15, deadline=None)
+@given(SEEDS, SIZES, SIZES, st.sampled_from(["sqeuclidean", "euclidean"]))
+def test_points_move_together(seed: int, n: int, m: int, cost: str) -> None:
+    torch.manual_seed(seed)
+    x, y = torch.rand(n, 3, dtype=DOUBLE), torch.rand(m, 3, dtype=DOUBLE)
+    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=DOUBLE)).Q
+    shift = torch.randn(3, dtype=DOUBLE)
+    one = sinkhorn_points(x, y, cost=cost, epsilon=0.5, **CONVERGED)
+    moved = sinkhorn_points(x @ rotation + shift, y @ rotation + shift, cost=cost, epsilon=0.5, **CONVERGED)
+    torch.testing.assert_close(moved.plan(), one.plan(), rtol=1e-8, atol=1e-10)
+    expected = one.barycentric_map() @ rotation + shift
+    torch.testing.assert_close(moved.barycentric_map(), expected, rtol=1e-8, atol=1e-9)
+    order = torch.randperm(n)
+    torch.testing.assert_close(
+        sinkhorn_points(x[order], y, cost=cost, epsilon=0.5, **CONVERGED).f, one.f[order], rtol=1e-8, atol=1e-10
+    )
+
+
+# ---- batches, and costs of points ----
+
+
+def test_batched_equals_looped(device: torch.device) -> None:
+    cost, a, b = (x.to(device) for x in problem(2, 3))
+    epsilon = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], dtype=DOUBLE, device=device)
+    rho = b + 0.5
+    batch = sinkhorn(cost, a, b, epsilon=epsilon, rho_b=rho, **CONVERGED)
+    z, w = torch.rand(2, 3, 7, 2, dtype=DOUBLE, device=device), torch.rand(2, 3, 5, dtype=DOUBLE, device=device)
+    assert batch.value.shape == batch.n_iter.shape == batch.converged.shape == batch.marginal_error.shape == (2, 3)
+    for i in itertools.product(range(2), range(3)):
+        alone = sinkhorn(cost[i], a[i], b[i], epsilon=epsilon[i], rho_b=rho[i], **CONVERGED)
+        for what in ("value", "f", "g", "n_iter", "marginal_error", "converged", "epsilon"):
+            assert torch.equal(getattr(batch, what)[i], getattr(alone, what))
+        assert torch.equal(batch.plan()[i], alone.plan())
+        torch.testing.assert_close(batch.transport_cost()[i], alone.transport_cost(), **EXACT)
+        torch.testing.assert_close(batch.apply(z)[i], alone.plan() @ z[i], **EXACT)
+        torch.testing.assert_close(batch.apply_transpose(w)[i], alone.plan().t() @ w[i], **EXACT)
+        torch.testing.assert_close(batch.barycentric_map(z)[i], alone.barycentric_map(z[i]), **EXACT)
+
+
+def test_weights_penalties_and_epsilon_of_all_problems() -> None:
+    """``[n]`` serves the whole batch."""
+    cost, a, b = problem(3)
+    batch = sinkhorn(cost, a[0], b[0], epsilon=torch.tensor(0.2), rho_a=a[0] + 1, rho_b=torch.tensor(0.4), **CONVERGED)
+    for i in range(3):
+        alone = sinkhorn(cost[i], a[0], b[0], epsilon=0.2, rho_a=a[0] + 1, rho_b=0.4, **CONVERGED)
+        torch.testing.assert_close(batch.value[i], alone.value, rtol=1e-7, atol=0)  # float32's 0.2 and 0.4
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+def test_points_equal_dense(device: torch.device, cost: str) -> None:
+    x, y = torch.randn(2, 6, 3, dtype=DOUBLE), torch.randn(2, 8, 3, dtype=DOUBLE)
+    y[0, 1] = x[0, 2]
+    expected = sinkhorn(reference.pairwise_cost(x, y, cost), epsilon=0.3, **CONVERGED)
+    transport = sinkhorn_points(x.to(device), y.to(device), cost=cost, epsilon=0.3, **CONVERGED)
+    for what in ("value", "f", "g"):
+        torch.testing.assert_close(getattr(transport, what).cpu(), getattr(expected, what), **EXACT)
+    torch.testing.assert_close(transport.barycentric_map().cpu(), expected.barycentric_map(y), **EXACT)
+    torch.testing.assert_close(transport.transport_cost().cpu(), expected.transport_cost(), **EXACT)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.5])
+@pytest.mark.parametrize("epsilon", [{"epsilon": 0.5}, {"relative_epsilon": 0.2}], ids=str)
+def test_ragged_equals_looped(device: torch.device, epsilon: dict[str, float], scaling: float | None) -> None:
+    n, m = [3, 1, 6], [4, 5, 2]
+    x, y = torch.randn(10, 2, dtype=DOUBLE, device=device), torch.randn(11, 2, dtype=DOUBLE, device=device)
+    a, b = (torch.rand(k, dtype=DOUBLE, device=device) + 0.5 for k in (10, 11))
+    rho = torch.rand(11, dtype=DOUBLE, device=device) + 0.5
+    offsets = [[0, *itertools.accumulate(sizes)] for sizes in (n, m)]
+    options = {**epsilon, "epsilon_scaling": scaling, **CONVERGED}
+
+    def ragged(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, **rhos: Any) -> Transport:
+        return sinkhorn_points(x, y, a, b, x_offsets=offsets[0], y_offsets=torch.tensor(offsets[1]), **rhos, **options)
+
+    transport, uniform = ragged(x, y, a, b, rho_b=rho), ragged(x, y, None, None)
+    weights = torch.rand(3, dtype=DOUBLE, device=device)
+    by_x, by_a = gradients(lambda x, a: ragged(x, y, a, b, rho_b=rho).value.dot(weights), x, a)
+    for k in range(3):
+        i, j = (slice(*bounds[k : k + 2]) for bounds in offsets)
+        alone = sinkhorn_points(x[i], y[j], a[i], b[j], rho_b=rho[j], **options)
+        torch.testing.assert_close(transport.value[k], alone.value, **EXACT)
+        torch.testing.assert_close(transport.epsilon[k], alone.epsilon, **EXACT)
+        torch.testing.assert_close(transport.f[i], alone.f, **EXACT)
+        torch.testing.assert_close(transport.g[j], alone.g, **EXACT)
+        torch.testing.assert_close(transport.plan()[k], alone.plan(), **EXACT)
+        torch.testing.assert_close(transport.barycentric_map()[i], alone.barycentric_map(), **EXACT)
+        torch.testing.assert_close(transport.apply_transpose(a)[j], alone.apply_transpose(a[i]), **EXACT)
+        torch.testing.assert_close(transport.marginals[0][i], alone.marginals[0], **EXACT)
+        expected = gradients(
+            lambda x, a, k=k, j=j: weights[k] * sinkhorn_points(x, y[j], a, b[j], rho_b=rho[j], **options).value,
+            *(x[i], a[i]),
+        )
+        torch.testing.assert_close(by_x[i], expected[0], **EXACT)
+        torch.testing.assert_close(by_a[i], expected[1], **EXACT)
+        torch.testing.assert_close(uniform.value[k], sinkhorn_points(x[i], y[j], **options).value, **EXACT)
+
+
+# ---- edges ----
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_zero_are_absent(device: torch.device, kind: str, name: str) -> None:
+    cost, a, b = (x.to(device) for x in problem())
+    rhos = {key: rho.to(device) if isinstance(rho, Tensor) else rho for key, rho in penalties(kind).items()}
+    a[1] = b[2] = b[5] = 0
+    a, b = a / a.sum(), b / b.sum()
+    rows, columns = a.nonzero().squeeze(1), b.nonzero().squeeze(1)
+    fewer = {
+        key: rho[rows if key == "rho_a" else columns] if isinstance(rho, Tensor) else rho for key, rho in rhos.items()
+    }
+    full = sinkhorn(cost, a, b, epsilon=0.1, **rhos, reference=name, **CONVERGED)
+    less = sinkhorn(cost[rows][:, columns], a[rows], b[columns], epsilon=0.1, **fewer, reference=name, **CONVERGED)
+    torch.testing.assert_close(full.value, less.value, **EXACT)
+    torch.testing.assert_close(full.plan()[rows][:, columns], less.plan(), **EXACT)
+    torch.testing.assert_close(full.f[rows], less.f, **EXACT)
+    torch.testing.assert_close(full.g[columns], less.g, **EXACT)
+    assert full.plan()[1].abs().max() == full.plan()[:, [2, 5]].abs().max() == 0
+    z = torch.rand(7, 2, dtype=DOUBLE, device=device)
+    torch.testing.assert_close(full.apply(z), full.plan() @ z, **EXACT)
+    if name == "counting":
+        assert full.f[1] == full.g[2] == -INF
+    else:  # as of a row of next to no weight, and so goes its map
+        nearly = sinkhorn(cost, a.clamp_min(1e-12), b, epsilon=0.1, **rhos, reference=name, **CONVERGED)
+        torch.testing.assert_close(full.f[1], nearly.f[1], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(full.barycentric_map(z)[1], nearly.barycentric_map(z)[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("kind", ["balanced", "unbalanced"])
+def test_forbidden_pairs(device: torch.device, kind: str, dtype: torch.dtype) -> None:
+    """As good as a cost of a thousand epsilon."""
+    cost, a, b = (x.to(dtype).to(device) for x in problem())
+    forbidden = torch.zeros(5, 7, dtype=torch.bool, device=device)
+    forbidden[0, 0] = forbidden[2, 1:] = forbidden[3:, 4] = True
+    a[2], b[0] = 0.05, 0.5  # so that a plan exists
+    a, b = a / a.sum(), b / b.sum()
+    options = {"epsilon": 0.1, **penalties(kind), "tol": 1e-6 if dtype == torch.float32 else 1e-13, "max_iter": 5000}
+    transport = sinkhorn(cost.masked_fill(forbidden, INF), a, b, **options)
+    expected = sinkhorn(cost.masked_fill(forbidden, 100.0), a, b, **options)
+    assert (transport.plan()[forbidden] == 0).all()
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else EXACT
+    for what in ("value", "f", "g"):
+        torch.testing.assert_close(getattr(transport, what), getattr(expected, what), **close)
+    torch.testing.assert_close(transport.transport_cost(), expected.transport_cost(), **close)
+    (by_cost,) = gradients(lambda x: sinkhorn(x, a, b, **options).f.square().sum(), cost.masked_fill(forbidden, INF))
+    (truth,) = gradients(lambda x: sinkhorn(x, a, b, **options).f.square().sum(), cost.masked_fill(forbidden, 100.0))
+    torch.testing.assert_close(by_cost, truth, **close)
+
+
+def test_row_that_may_go_nowhere() -> None:
+    """With a penalty it stays: it costs rho a_i."""
+    cost, a, b = problem()
+    cost[2] = INF
+    transport = sinkhorn(cost, a, b, epsilon=0.1, rho_a=0.7, rho_b=0.3, **CONVERGED)
+    rows = torch.tensor([0, 1, 3, 4])
+    less = sinkhorn(cost[rows], a[rows], b, epsilon=0.1, rho_a=0.7, rho_b=0.3, **CONVERGED)
+    # Its part of the product of weights, which the entropy is relative to, stays too.
+    torch.testing.assert_close(transport.value, less.value + 0.7 * a[2] + 0.1 * a[2] * b.sum(), **EXACT)
+    assert transport.f[2] == INF
+    assert transport.plan()[2].abs().max() == 0
+    assert transport.barycentric_map(torch.ones(7, 1, dtype=DOUBLE))[2] == 0
+
+
+def test_no_problems() -> None:
+    cost, a, b = problem(0)
+    inputs = [x.requires_grad_() for x in (cost, a, b)]
+    transport = sinkhorn(*inputs, epsilon=torch.rand(0, dtype=DOUBLE), rho_a=a.detach() + 1)
+    assert transport.value.shape == transport.converged.shape == (0,)
+    assert transport.plan().shape == (0, 5, 7)
+    (transport.value.sum() + transport.f.sum()).backward()
+    assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
+    assert repr(transport) == "Transport(n=5, m=7, batch=[0], reference='product')"
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 9), (13, 1), (17, 31), (64, 65), (257, 300)])
+def test_sizes(device: torch.device, n: int, m: int) -> None:
+    """Around vectors, four rows, and blocks for threads: marginals hold, and a strided cost is the same one."""
+    for dtype, limit in ((DOUBLE, 1e-11), (torch.float32, 3e-6)):
+        cost, a, b = (x.to(dtype).to(device) for x in problem(n=n, m=m))
+        transport = sinkhorn(cost, a, b, epsilon=0.2, tol=limit / 3, max_iter=2000)
+        rows, columns = transport.marginals
+        assert (rows - a).abs().sum() + (columns - b).abs().sum() <= limit
+        strided = cost.t().contiguous().t()
+        assert torch.equal(sinkhorn(strided, a, b, epsilon=0.2, tol=limit / 3, max_iter=2000).f, transport.f)
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    cost, a, b = (x.float() for x in problem(n=300, m=257))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            transport = sinkhorn(cost, a, b, epsilon=0.01, tol=1e-6, epsilon_scaling=0.5)
+            results.append((transport.f, transport.g, transport.plan()))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+def test_arguments_are_left_alone() -> None:
+    cost, a, b = problem()
+    start = torch.zeros(5, dtype=DOUBLE), torch.zeros(7, dtype=DOUBLE)
+    tensors = (cost, a, b, *start)
+    before = [x.clone() for x in tensors]
+    sinkhorn(cost, a, b, epsilon=0.1, init=start).plan()
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
+
+
+# ---- gradients ----
+
+
+def all_results(transport: Transport, z: Tensor) -> Tensor:
+    """Three numbers that depend on everything that a transport gives but its value."""
+    parts = (
+        *(transport.f, transport.g, transport.plan(), transport.barycentric_map(z), transport.transport_cost()),
+        *(transport.apply(z), transport.apply_transpose(transport.f), *transport.marginals),
+    )
+    flat = torch.cat([part.flatten() for part in parts])
+    return torch.stack([(flat * torch.cos(k * torch.arange(len(flat), dtype=DOUBLE))).sum() for k in (1, 2, 3)])
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", ["value", "the rest"])
+def test_first_and_second_order(what: str, kind: str, name: str) -> None:
+    """Weights as a softmax: of equal sums, as they must be where both marginals hold."""
+    cost, a, b = problem(n=3, m=4)
+    z, rhos = torch.randn(4, 2, dtype=DOUBLE), penalties(kind, 3, 4)
+
+    def function(cost: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+        a, b = 1.3 * log_a.softmax(0), 1.3 * log_b.softmax(0)
+        transport = sinkhorn(cost, a, b, epsilon=0.2, **rhos, reference=name, tol=1e-15, max_iter=500)
+        return transport.value if what == "value" else all_results(transport, z)
+
+    inputs = [x.requires_grad_() for x in (cost, a.log(), b.log())]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 1e-15 is below rounding
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+def test_first_and_second_order_of_points(cost: str) -> None:
+    x, y = (torch.randn(k, 2, dtype=DOUBLE, requires_grad=True) for k in (3, 4))
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        transport = sinkhorn_points(x, y, cost=cost, epsilon=0.5, rho_b=0.8, **CONVERGED)
+        return torch.stack([transport.value, transport.barycentric_map().square().sum()])
+
+    assert torch.autograd.gradcheck(function, (x, y))
+    assert torch.autograd.gradgradcheck(function, (x, y))
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_implicit_gradients_are_those_through_all_iterations(kind: str, name: str) -> None:
+    """The second truth: automatic differentiation of the reference's loop."""
+    cost, a, b = problem()
+    rhos = penalties(kind)
+    weights = torch.randn(5, 7, dtype=DOUBLE)
+
+    def unrolled(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        f, g = reference.sinkhorn(cost, a, b, 0.2, **rhos, reference=name, max_iter=300, tol=0)
+        value = reference.value(cost, a, b, f, g, 0.2, **rhos, reference=name)
+        return value + (weights * reference.plan(cost, a, b, f, g, 0.2, name)).sum()
+
+    def implicit(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        transport = sinkhorn(cost, a, b, epsilon=0.2, **rhos, reference=name, **CONVERGED)
+        return transport.value + (weights * transport.plan()).sum()
+
+    expected, actual = gradients(unrolled, cost, a, b), gradients(implicit, cost, a, b)
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-8, atol=1e-9)
+    for x, y in zip(actual[1:], expected[1:], strict=True):
+        if kind == "balanced":
+            same_up_to_a_constant(x, y, rtol=1e-8, atol=1e-9)
+        else:
+            torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["balanced", "unbalanced", "semi-relaxed"])
+def test_gradients_at_weights_of_zero(kind: str) -> None:
+    """One-sided differences, along which the sums stay."""
+    cost = torch.rand(5, 6, dtype=DOUBLE)
+    a = torch.tensor([0.2, 0.0, 0.3, 0.5, 0.0], dtype=DOUBLE)
+    b = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4, 0.0], dtype=DOUBLE)
+    z, rhos = torch.randn(6, 2, dtype=DOUBLE), penalties(kind)
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        transport = sinkhorn(cost, a, b, epsilon=0.2, **rhos, **CONVERGED)
+        return torch.cat([transport.value.view(1), all_results(transport, z)])
+
+    h, here = 1e-5, function(a, b)
+    for output in range(4):
+        by_a, by_b = gradients(lambda a, b, output=output: function(a, b)[output], a, b)
+        for i, j in ((1, 0), (4, 0), (0, 2), (0, 5)):
+            da, db = torch.zeros_like(a), torch.zeros_like(b)
+            if i > 0:
+                da[i], da[0] = 1, -1
+            else:
+                db[j], db[1] = 1, -1
+            near, far = (function(a + step * da, b + step * db) for step in (h, 2 * h))
+            difference = ((4 * near - 3 * here - far) / (2 * h))[output].item()
+            # The third derivatives are of the order of 1 / epsilon^2 and more, times h^2.
+            assert (by_a.dot(da) + by_b.dot(db)).item() == pytest.approx(difference, rel=1e-4, abs=1e-5)
+
+
+def test_gradient_of_float32() -> None:
+    cost, a, b = (x.float() for x in problem(n=20, m=30))
+
+    def function(cost: Tensor, a: Tensor, b: Tensor, tol: float) -> Tensor:
+        transport = sinkhorn(cost, a, b, epsilon=0.05, rho_a=0.5, tol=tol, max_iter=5000)
+        return transport.value + transport.f.square().sum() + transport.plan().square().sum()
+
+    expected = gradients(lambda *x: function(*x, 1e-13), cost.double(), a.double(), b.double())
+    for actual, truth in zip(gradients(lambda *x: function(*x, 1e-6), cost, a, b), expected, strict=True):
+        assert actual.dtype == torch.float32
+        assert relative_error(actual, truth) <= 1e-4  # 100 times the tolerance; float64 with it has 4.5e-5
+
+
+def test_value_alone_solves_no_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost, a, b = problem()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the envelope theorem needs no derivative of potentials")
+
+    monkeypatch.setattr(_adjoint, "solve", refuse)
+    by_cost, by_a, by_b = gradients(lambda *x: sinkhorn(*x, epsilon=0.1, **CONVERGED).value, cost, a, b)
+    transport = sinkhorn(cost, a, b, epsilon=0.1, **CONVERGED)
+    torch.testing.assert_close(by_cost, transport.plan(), **EXACT)
+    torch.testing.assert_close(by_a, transport.f, **EXACT)
+    torch.testing.assert_close(by_b, transport.g, **EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "m"), [(5, 7), (7, 5)])
+def test_conjugate_gradients(monkeypatch: pytest.MonkeyPatch, n: int, m: int, kind: str) -> None:
+    """In place of the direct solution; problems of a batch end at different times."""
+    cost, a, b = problem(3, n=n, m=m)
+    a[1, 2] = 0
+    a = a / a.sum(1, keepdim=True)
+    rhos = penalties(kind, n, m)
+    epsilon = torch.tensor([0.05, 0.2, 1.0], dtype=DOUBLE)
+
+    def function(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        transport = sinkhorn(cost, a, b, epsilon=epsilon, **rhos, **CONVERGED)
+        return transport.f.square().sum() + transport.plan().square().sum()
+
+    direct = gradients(function, cost, a, b)
+    monkeypatch.setattr(_adjoint, "_MOST_DIRECT", 0)
+    for actual, expected in zip(gradients(function, cost, a, b), direct, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
+    monkeypatch.setattr(_adjoint, "_MOST_ITERATIONS", 2)
+    with pytest.warns(ConvergenceWarning, match="2 conjugate gradients left a residual of .* raise epsilon"):
+        gradients(function, cost, a, b)
+
+
+def test_parts_without_exchange_of_mass() -> None:
+    """Forbidden pairs split the problem in two, each of which leaves a constant free; the plan's gradient is right."""
+    cost, a, b = problem(n=6, m=6)
+    cost[:3, 3:] = cost[3:, :3] = INF
+    a[:3], a[3:], b[:3], b[3:] = (x / (2 * x.sum()) for x in (a[:3], a[3:], b[:3], b[3:]))
+    weights = torch.randn(6, 6, dtype=DOUBLE)
+
+    def whole(cost: Tensor) -> Tensor:
+        return (weights * sinkhorn(cost, a, b, epsilon=0.2, **CONVERGED).plan()).sum()
+
+    def parts(cost: Tensor) -> Tensor:
+        return sum(
+            (weights[i, i] * sinkhorn(cost[i, i], a[i], b[i], epsilon=0.2, **CONVERGED).plan()).sum()
+            for i in (slice(0, 3), slice(3, 6))
+        )
+
+    torch.testing.assert_close(gradients(whole, cost)[0], gradients(parts, cost)[0], **EXACT)
+
+
+# ---- convergence ----
+
+
+def test_warning() -> None:
+    cost, a, b = problem()
+    with pytest.warns(ConvergenceWarning) as caught:
+        transport = sinkhorn(cost, a, b, epsilon=0.01, max_iter=3)
+    text = str(caught[0].message)
+    assert "sinkhorn: the iteration has not converged: after 3 iterations marginal_error is" in text
+    assert f"{transport.marginal_error.item():.2g}, above tol = 1e-06; raise max_iter (here 3)" in text
+    assert caught[0].filename == __file__
+    assert not transport.converged
+    assert "not converged after 3 iterations" in repr(transport)
+    # The error is the marginals', before the last iteration: it is no larger after.
+    rows, columns = transport.marginals
+    assert 0 < (rows - a).abs().sum() <= transport.marginal_error
+    torch.testing.assert_close(columns, b, **EXACT)
+    with pytest.warns(ConvergenceWarning, match="sinkhorn: 1 of 2 problems have not converged"):
+        sinkhorn(cost.expand(2, 5, 7), a, b, epsilon=torch.tensor([0.001, 10.0]), max_iter=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sinkhorn(cost, a, b, epsilon=0.1).converged
+
+
+@pytest.mark.parametrize("max_iter", [1, 2, 3, 4, 7, 10])
+def test_stages_that_do_not_come_to_an_end_have_not_converged(max_iter: int) -> None:
+    cost, a, b = problem()
+    with pytest.warns(ConvergenceWarning):
+        transport = sinkhorn(cost, a, b, epsilon=1e-3, epsilon_scaling=0.9, max_iter=max_iter, tol=1e-2)
+    assert transport.n_iter == max_iter
+    # What there is belongs to the epsilon that was asked for: the columns' marginal holds.
+    torch.testing.assert_close(transport.marginals[1], b, **EXACT)
+
+
+def test_epsilon_scaling_needs_fewer_iterations() -> None:
+    x, y = torch.rand(60, 2, dtype=DOUBLE), torch.rand(50, 2, dtype=DOUBLE)
+    options = {"epsilon": 3e-3, "tol": 1e-3, "max_iter": 10_000}
+    plain, scaled = sinkhorn_points(x, y, **options), sinkhorn_points(x, y, epsilon_scaling=0.5, **options)
+    assert scaled.n_iter < 0.8 * plain.n_iter
+    options["tol"] = 1e-10
+    plain, scaled = sinkhorn_points(x, y, **options), sinkhorn_points(x, y, epsilon_scaling=0.5, **options)
+    torch.testing.assert_close(scaled.plan(), plain.plan(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_warm_start(name: str) -> None:
+    cost, a, b = problem()
+    b[3] = 0
+    b = b / b.sum()
+    options = {"epsilon": 0.02, "reference": name, "tol": 1e-9, "max_iter": 5000}
+    cold = sinkhorn(cost, a, b, **options)
+    assert cold.n_iter > 20
+    for init in (cold, (cold.f, cold.g)):
+        warm = sinkhorn(cost, a, b, init=init, **options)
+        assert warm.n_iter <= 2
+        torch.testing.assert_close(warm.plan(), cold.plan(), rtol=0, atol=1e-8)
+
+
+def test_relative_epsilon_is_of_the_mean_finite_cost() -> None:
+    cost, a, b = problem(2)
+    cost[0, 0, 0] = INF
+    transport = sinkhorn(cost, a, b, relative_epsilon=0.3, rho_a=1.0)
+    expected = torch.stack([0.3 * cost[0][cost[0] < INF].mean(), 0.3 * cost[1].mean()])
+    torch.testing.assert_close(transport.epsilon, expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_loop_is_the_kernel_s(kind: str, name: str) -> None:
+    """``pyreg::sinkhorn`` where there is no kernel."""
+    cost, a, b = problem(3)
+    a[0, 1] = 0
+    a = a / a.sum(1, keepdim=True)
+    cost[1, 2, 3] = INF
+    rho_a, rho_b = (
+        None if rho is None else torch.as_tensor(rho, dtype=DOUBLE).expand(3, k).contiguous()
+        for rho, k in ((penalties(kind).get("rho_a"), 5), (penalties(kind).get("rho_b"), 7))
+    )
+    epsilon = torch.tensor([0.05, 0.1, 0.2], dtype=DOUBLE)
+    arguments = (
+        *(cost, a, b, a.log(), b.log(), rho_a, rho_b, epsilon, torch.ones_like(epsilon), 0.5, name == "counting"),
+        *(2000, 1e-12, torch.zeros(3, 7, dtype=DOUBLE)),
+    )
+    plain, kernel = _log_domain.sinkhorn(*arguments), torch.ops.pyreg.sinkhorn(*arguments)
+    assert (plain[2] <= 1e-12).all()
+    assert (plain[3] < 2000).all()
+    for f, g, *_ in (plain, kernel):
+        assert f[0, 1] == -INF
+        assert g.isfinite().all()
+    plans = [
+        torch.exp((f.unsqueeze(2) + g.unsqueeze(1) - cost) / epsilon.view(3, 1, 1)) for f, g, *_ in (plain, kernel)
+    ]
+    torch.testing.assert_close(*plans, rtol=1e-9, atol=1e-10)
+    for cut in (1, 5):
+        stopped = [
+            function(*arguments[:11], cut, *arguments[12:])
+            for function in (_log_domain.sinkhorn, torch.ops.pyreg.sinkhorn)
+        ]
+        assert (stopped[0][3] == cut).all()
+        for actual, expected in zip(*stopped, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_unknown_potentials_with_and_without_waiting() -> None:
+    cost, others = torch.rand(3, 500, 200, dtype=DOUBLE), torch.randn(3, 200, dtype=DOUBLE)
+    cost[0, 3] = INF
+    is_unknown = torch.rand(3, 500) < 0.3
+    is_unknown[0, 3] = True
+    results = [torch.zeros(3, 500, dtype=DOUBLE) for _ in range(2)]
+    for fill, result in zip(
+        (_potentials._fill_unknown, _potentials._fill_unknown_without_waiting), results, strict=True
+    ):
+        fill(result, is_unknown, cost, others, -torch.ones(3, 500, dtype=DOUBLE), torch.tensor([0.1, 0.2, 0.3]))
+    torch.testing.assert_close(*results, **EXACT)
+    assert results[0][0, 3] == INF
+    assert results[0][~is_unknown].abs().max() == 0
+    assert results[0][is_unknown].abs().min() > 0
+
+
+# ---- a citizen of torch ----
+
+
+def test_opcheck() -> None:
+    cost, a, b = (x.requires_grad_() for x in problem(2))
+    f, g = (torch.randn(2, k, dtype=DOUBLE, requires_grad=True) for k in (5, 7))
+    rho, epsilon = torch.rand(2, 7, dtype=DOUBLE) + 0.5, torch.tensor([0.2, 0.3], dtype=DOUBLE)
+    rest = (None, rho, epsilon, epsilon, 0.5, True, 100, 1e-12, torch.zeros(2, 7, dtype=DOUBLE))
+    constants = [x.detach() for x in (cost, a, b)]
+    opcheck(torch.ops.pyreg.sinkhorn.default, (*constants, constants[1].log(), constants[2].log(), *rest))
+    opcheck(torch.ops.pyreg.sinkhorn_potentials.default, (cost, a, b, *rest))
+    opcheck(torch.ops.pyreg.sinkhorn_value.default, (cost, a, b, f.detach(), g.detach(), None, rho, epsilon, True))
+    opcheck(torch.ops.pyreg.sinkhorn_plan.default, (cost, f, g, epsilon, DOUBLE))
+    plan, ones = torch.rand(2, 5, 7, dtype=DOUBLE, requires_grad=True), torch.ones(2, 7, dtype=DOUBLE)
+    for transposed in (False, True):
+        arguments = (plan, ones[:, :5].clone(), ones, 0.7 * ones[:, :5], 0.8 * ones, f, g, transposed)
+        opcheck(torch.ops.pyreg.sinkhorn_adjoint.default, arguments)
+
+
+def loss_of_everything(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    transport = sinkhorn(cost, a, b, epsilon=0.2, rho_b=0.5, **CONVERGED)
+    return transport.value.sum() + all_results(transport, torch.ones(*b.shape, 2, dtype=DOUBLE)).sum()
+
+
+def test_compile() -> None:
+    inputs = problem(2)
+    compiled = torch.compile(loss_of_everything, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(gradients(compiled, *inputs), gradients(loss_of_everything, *inputs), strict=True):
+        torch.testing.assert_close(actual, expected, **EXACT)
+
+
+def test_torch_func() -> None:
+    cost, a, b = problem(2)
+    expected = gradients(loss_of_everything, cost, a, b)
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(torch.func.grad(loss_of_everything, argnums=(0, 1, 2))(cost, a, b), expected, strict=True)
+    )
+    alone = [gradients(loss_of_everything, cost[i], a[i], b[i]) for i in range(2)]
+    mapped = torch.func.vmap(torch.func.grad(loss_of_everything, argnums=(0, 1, 2)))(cost, a, b)
+    for actual, *ones in zip(mapped, *alone, strict=True):
+        torch.testing.assert_close(actual, torch.stack(ones), **EXACT)
+
+
+def test_autocast_changes_nothing() -> None:
+    x, y = torch.randn(6, 3), torch.randn(7, 3)
+    expected = sinkhorn_points(x, y, cost="cosine", epsilon=0.2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        transport = sinkhorn_points(x, y, cost="cosine", epsilon=0.2)
+        assert torch.equal(transport.value, expected.value)
+        assert torch.equal(transport.apply(y), expected.apply(y))
+        assert torch.equal(transport.barycentric_map(), expected.barycentric_map())
+
+
+# ---- what a transport gives ----
+
+
+def test_plan_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    transport = sinkhorn(*problem(), epsilon=0.2)
+    monkeypatch.setattr(_transport, "available_bytes", lambda device: 5 * 7 * 8 - 1)
+    with pytest.raises(ValueError, match=r"sinkhorn: plan\(\) of shape \[1, 5, 7\] takes 0.0 GiB.*use apply"):
+        transport.plan()
+    x = torch.rand(5, 2, dtype=DOUBLE)
+    with pytest.raises(ValueError, match=r"sinkhorn_points: the cost between all points of shape \[1, 5, 9\] takes"):
+        sinkhorn_points(x, torch.rand(9, 2, dtype=DOUBLE), epsilon=0.2)
+    monkeypatch.setattr(_transport, "available_bytes", lambda device: None)
+    assert transport.plan().shape == (5, 7)
+
+
+def test_available_memory_is_known() -> None:
+    assert _transport.available_bytes(torch.device("cpu")) > 1 << 20
+
+
+def test_repr() -> None:
+    cost, a, b = problem(2)
+    assert repr(sinkhorn(cost, a, b, epsilon=5.0, reference="counting")).startswith(
+        "Transport(n=5, m=7, batch=[2], reference='counting', 2 of 2 converged after"
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda t: t.apply([1.0]), TypeError, "sinkhorn: apply: expected z to be a tensor, got list"),
+        (
+            lambda t: t.apply(torch.ones(7)),
+            TypeError,
+            "sinkhorn: apply: expected z of torch.float64 on cpu, got",
+        ),
+        (lambda t: t.apply(torch.ones(5).double()), ValueError, r"apply: expected z of shape \[..., m\] = \[7\] or"),
+        (
+            lambda t: t.apply_transpose(torch.ones(7, 2).double()),
+            ValueError,
+            r"\[..., n\] = \[5\] or .*\[7, 2\]",
+        ),
+        (lambda t: t.barycentric_map(), ValueError, r"barycentric_map: expected points y \[..., m, d\].*got None"),
+        (lambda t: t.barycentric_map(torch.ones(7).double()), ValueError, r"got \[7\]; use points.unsqueeze\(-1\)"),
+    ],
+)
+def test_bad_arguments_of_methods(call: Callable[[Transport], Any], error: type[Exception], text: str) -> None:
+    transport = sinkhorn(*problem(), epsilon=0.2)
+    with pytest.raises(error, match=text):
+        call(transport)
+
+
+# ---- bad input ----
+
+C = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+ONES = torch.ones(3)
+NAN = float("nan")
+
+
+def entry(x: Tensor, value: float) -> Tensor:
+    x = x.clone()
+    x.view(-1)[1] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "text"),
+    [
+        ((None,), {}, TypeError, "expected cost to be a tensor, got NoneType"),
+        ((C.long(),), {}, TypeError, r"expected cost to be float64, .* got torch.int64; convert"),
+        ((C[0],), {}, ValueError, r"expected cost of shape \[n, m\] or \[..., n, m\].* got \[4\]"),
+        ((C[:0],), {}, ValueError, r"at least one row and one column, got \[0, 4\]"),
+        ((C[:, :0],), {}, ValueError, r"at least one row and one column, got \[3, 0\]"),
+        ((entry(C, NAN),), {}, ValueError, r"expected cost without NaN and -inf, got nan; \+inf forbids a pair"),
+        ((entry(C, -INF),), {}, ValueError, "expected cost without NaN and -inf, got -inf"),
+        ((C, [1, 2, 3]), {}, TypeError, "expected a to be a tensor, got list"),
+        ((C, ONES.double()), {}, TypeError, r"expected a of the dtype of cost, torch.float32, got torch.float64; conv"),
+        ((C, ONES.to("meta")), {}, ValueError, r"expected a on the device of cost, cpu, got meta; move it with a.to"),
+        ((C, torch.ones(4)), {}, ValueError, r"expected a of shape \[n\] = \[3\], got \[4\]"),
+        ((C, None, torch.ones(2, 4)), {}, ValueError, r"expected b of shape \[m\] = \[4\], got \[2, 4\]"),
+        ((C.expand(2, 3, 4), torch.ones(3, 3)), {}, ValueError, r"a of shape \[n\] = \[3\] or \[..., n\] = \[2, 3\]"),
+        ((C, entry(ONES, -0.5)), {}, ValueError, "expected a to be at least 0, got -0.5"),
+        ((C, entry(ONES, NAN)), {}, ValueError, "expected finite numbers in a, got nan"),
+        ((C, None, entry(torch.ones(4), INF)), {}, ValueError, "expected finite numbers in b, got inf"),
+        ((C, 0 * ONES), {}, ValueError, "expected a with a weight above 0 in every problem, got all 0"),
+        ((C, ONES), {}, ValueError, r"a and b of equal sums where both marginals must hold, got 3 and 1; divide them"),
+        ((C,), {"epsilon": 0.0}, ValueError, "expected epsilon to be a finite number > 0, got 0.0"),
+        ((C,), {"epsilon": -1}, ValueError, "expected epsilon to be a finite number > 0, got -1"),
+        ((C,), {"epsilon": NAN}, ValueError, "expected epsilon to be a finite number > 0, got nan"),
+        ((C,), {"epsilon": "0.1"}, ValueError, "expected epsilon to be a finite number > 0, got '0.1'"),
+        ((C,), {"epsilon": None}, ValueError, "expected either epsilon or relative_epsilon, got neither"),
+        ((C,), {"relative_epsilon": 0.1}, ValueError, "expected either epsilon or relative_epsilon, got both"),
+        ((C,), {"epsilon": torch.ones(2)}, ValueError, r"to be a number or of the batch's shape \[\], got \[2\]"),
+        ((C,), {"epsilon": torch.tensor(0.0)}, ValueError, "expected epsilon to be above 0, got 0.0"),
+        ((C,), {"epsilon": torch.tensor(0.1, requires_grad=True)}, ValueError, r"epsilon has no gradient; pass eps"),
+        ((0 * C,), {"epsilon": None, "relative_epsilon": 0.1}, ValueError, "mean above 0 for relative_epsilon, got 0;"),
+        ((C,), {"epsilon": None, "relative_epsilon": 0}, ValueError, "relative_epsilon to be a finite number > 0"),
+        ((C,), {"rho_a": 0.0}, ValueError, "expected rho_a to be a number above 0, inf, or a tensor of such, got 0.0"),
+        ((C,), {"rho_b": NAN}, ValueError, "expected rho_b to be a number above 0, .* got nan"),
+        ((C,), {"rho_b": "inf"}, ValueError, "expected rho_b to be a number above 0, .* got 'inf'"),
+        ((C,), {"rho_a": entry(ONES, 0.0)}, ValueError, "expected rho_a to be above 0, got 0.0"),
+        ((C,), {"rho_a": torch.ones(4)}, ValueError, r"expected rho_a of shape \[n\] = \[3\], got \[4\]"),
+        ((C,), {"rho_a": ONES.clone().requires_grad_()}, ValueError, r"rho_a has no gradient; pass rho_a.detach\(\)"),
+        ((C,), {"reference": "uniform"}, ValueError, "expected reference to be 'product' or 'counting', got 'uniform'"),
+        ((C,), {"max_iter": 0}, ValueError, "expected max_iter to be an integer >= 1, got 0"),
+        ((C,), {"max_iter": 1.5}, ValueError, "expected max_iter to be an integer >= 1, got 1.5"),
+        ((C,), {"tol": -1e-3}, ValueError, "expected tol to be a finite number >= 0, got -0.001"),
+        ((C,), {"epsilon_scaling": 1.0}, ValueError, "epsilon_scaling to be a factor between 0 and 1, got 1.0"),
+        ((C,), {"epsilon_scaling": 0}, ValueError, "expected epsilon_scaling to be a finite number > 0, got 0"),
+        ((C,), {"init": torch.zeros(4)}, TypeError, r"init to be a Transport or potentials \(f, g\), got Tensor"),
+        ((C,), {"init": (torch.zeros(3), torch.zeros(3))}, ValueError, r"g of shape \[4\] on cpu, got \[3\] and \[3\]"),
+        ((C,), {"init": (torch.zeros(3), torch.full((4,), NAN))}, ValueError, "finite numbers in init's g, got nan"),
+    ],
+)  # fmt: skip
+def test_bad_input(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=f"^sinkhorn: .*{text}" if not text.startswith("^") else text):
+        sinkhorn(*arguments, **{"epsilon": 0.1, **options})
+
+
+def test_weight_that_cannot_be_transported() -> None:
+    cost, a, b = problem()
+    cost[2] = INF
+    text = r"every cost in row 2 of problem 0 is infinite.* but a = .* must be transported; make it 0, or give rho_a"
+    with pytest.raises(ValueError, match=text):
+        sinkhorn(cost, a, b, epsilon=0.1)
+    cost, a, b = problem(2)
+    cost[1, 1:, 3] = INF
+    a[1, 0] = 0  # which is all that column 3 could have come from
+    a = a / a.sum(1, keepdim=True)
+    with pytest.raises(ValueError, match=r"every cost in column 3 of problem 1 .* but b = .* give rho_b"):
+        sinkhorn(cost, a, b, epsilon=0.1)
+    assert sinkhorn(cost, a, b, epsilon=0.1, rho_b=1.0).value.isfinite().all()
+
+
+X, Y = torch.zeros(3, 2), torch.ones(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "text"),
+    [
+        ((None, Y), {}, TypeError, "expected x to be a tensor, got NoneType"),
+        ((X.long(), Y), {}, TypeError, "expected x to be float64, .* got torch.int64"),
+        ((X[0], Y), {}, ValueError, r"x of shape \[n, d\] or .* got \[2\]; use unsqueeze\(1\) for points on a line"),
+        ((X[:0], Y), {}, ValueError, r"with at least one point of at least one dimension, got \[0, 2\]"),
+        ((X, Y[:0]), {}, ValueError, r"expected y of shape \[m, d\] .* got \[0, 2\]"),
+        ((X[:, :0], Y[:, :0]), {}, ValueError, r"at least one dimension, got \[3, 0\]"),
+        ((X, Y[:, :1]), {}, ValueError, r"with the same batch and dimension, got \[3, 2\] and \[4, 1\]"),
+        ((X, Y.expand(2, 4, 2)), {}, ValueError, r"with the same batch and dimension, got \[3, 2\] and \[2, 4, 2\]"),
+        ((X, Y.double()), {}, TypeError, "expected y of the dtype of x, torch.float32, got torch.float64"),
+        ((X, Y.to("meta")), {}, ValueError, "expected y on the device of x, cpu, got meta"),
+        ((entry(X, NAN), Y), {}, ValueError, "expected finite numbers in x, got nan"),
+        ((X, entry(Y, INF)), {}, ValueError, "expected finite numbers in y, got inf"),
+        ((X, Y), {"cost": "l1"}, ValueError, "expected cost to be 'sqeuclidean', 'euclidean' or 'cosine', got 'l1'"),
+        ((X, Y, torch.ones(4)), {}, ValueError, r"expected a of shape \[n\] = \[3\], got \[4\]"),
+        ((X, Y), {"x_offsets": [0, 3]}, ValueError, "expected x_offsets and y_offsets together, got x_offsets alone"),
+        ((X, Y), {"x_offsets": [0, 3], "y_offsets": [0, 1, 4]}, ValueError, "as many y_offsets as x_offsets, 2, got 3"),
+        ((X, Y), {"x_offsets": [0, 2], "y_offsets": [0, 4]}, ValueError, r"number of points in x, 3, .* got \[0, 2\]"),
+        ((X, Y), {"x_offsets": [0, 0, 3], "y_offsets": [0, 1, 4]}, ValueError, "at least one point in each problem"),
+        ((X, Y), {"x_offsets": [0.0, 3.0], "y_offsets": [0, 4]}, TypeError, r"x_offsets to be integers \[B \+ 1\]"),
+        ((X[None], Y[None]), {"x_offsets": [0, 1], "y_offsets": [0, 1]}, ValueError, r"x of shape \[N, d\] with x_off"),
+    ],
+)  # fmt: skip
+def test_bad_points(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=f"^sinkhorn_points: .*{text}"):
+        sinkhorn_points(*arguments, **{"epsilon": 0.1, **options})
+
+
+def test_operators_refuse_what_would_read_beyond() -> None:
+    cost, a, b = problem(2)
+    epsilon, start = torch.ones(2, dtype=DOUBLE), torch.zeros(2, 7, dtype=DOUBLE)
+    good = [cost, a, b, a.log(), b.log(), None, None, epsilon, epsilon, 0.5, False, 5, 1e-3, start]
+    torch.ops.pyreg.sinkhorn(*good)
+    for position, bad in (
+        (1, a[:, :3]),
+        (2, b[:1]),
+        (3, a.log()[:, :3].contiguous()),
+        (7, epsilon[:1]),
+        (13, start[:, :3]),
+    ):
+        arguments = [*good[:position], bad, *good[position + 1 :]]
+        with pytest.raises(ValueError, match="pyreg::sinkhorn: expected contiguous float64 tensors of shape"):
+            torch.ops.pyreg.sinkhorn(*arguments)
