@@ -76,18 +76,20 @@ class DenseCost:
     def plan(self, row: Side, column: Side) -> Tensor:
         return _potentials.plan(self.tensor, row, column)
 
-    def product(self, row: Side, column: Side, z: Tensor) -> Tensor:
-        """``E B z [B, n, k]``: ``P z``, but that rows of weight 0 count as if it were 1."""
-        return self._extended(row, column) @ (column.factors.unsqueeze(2).to(z.dtype) * z)
+    def product(self, potentials: Tensor, column: Side, z: Tensor) -> Tensor:
+        """``E B z [B, n, k]`` under row potentials ``[B, n]``: ``P z`` for ``row.extended``, but that rows of weight 0
+        count as if it were 1."""
+        extended = self._exponential(potentials, column.extended, column.epsilon)
+        return extended @ (column.factors.unsqueeze(2).to(z.dtype) * z)
 
-    def transposed_product(self, row: Side, column: Side, z: Tensor) -> Tensor:
+    def transposed_product(self, row: Side, potentials: Tensor, z: Tensor) -> Tensor:
         """``E^T A z [B, m, k]``."""
-        return self._extended(row, column).mT @ (row.factors.unsqueeze(2).to(z.dtype) * z)
+        extended = self._exponential(row.extended, potentials, row.epsilon)
+        return extended.mT @ (row.factors.unsqueeze(2).to(z.dtype) * z)
 
     def total(self, row: Side, column: Side) -> Tensor:
         """``<P, C>``, ``[B]``; forbidden pairs add nothing."""
         return (self.plan(row, column) * torch.where(self.tensor == torch.inf, 0, self.tensor)).sum((1, 2))
 
-    def _extended(self, row: Side, column: Side) -> Tensor:
-        arguments = (self.tensor, row.extended, column.extended, row.epsilon, self.tensor.dtype)
-        return _potentials.exponential_plan(*arguments)  # type: ignore[no-any-return]
+    def _exponential(self, f: Tensor, g: Tensor, epsilon: Tensor) -> Tensor:
+        return _potentials.exponential_plan(self.tensor, f, g, epsilon, self.dtype)  # type: ignore[no-any-return]

@@ -73,6 +73,12 @@ class Side(NamedTuple):
         return result.masked_fill(result == torch.inf, -torch.inf)  # who may go nowhere does not
 
     @property
+    def conditional(self) -> Tensor:
+        """Potentials under which E's rows have the same direction and sum to 1, once those of the columns have been
+        found: rows of next to no mass have digits too."""
+        return (self.potentials / self.kappa).masked_fill(self.potentials == torch.inf, -torch.inf)
+
+    @property
     def masked(self) -> Tensor:
         """The same, minus infinity for weights of 0."""
         return self.extended.masked_fill(self.weights == 0, -torch.inf)

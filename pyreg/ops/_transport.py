@@ -157,7 +157,8 @@ class Transport:
             )
         self._look()
         with _library.no_autocast(y):
-            sums = self._cost.product(self._row, self._column, torch.cat([y, torch.ones_like(y[..., :1])], 2))
+            with_ones = torch.cat([y, torch.ones_like(y[..., :1])], 2)
+            sums = self._cost.product(self._row.conditional, self._column, with_ones)
         mass = sums[..., -1:]
         return self._problems.rows.outside(torch.where(mass > 0, sums[..., :-1] / torch.where(mass > 0, mass, 1), 0))
 
@@ -186,12 +187,12 @@ class Transport:
     def _times(self, z: Tensor) -> Tensor:
         self._look()
         with _library.no_autocast(z):
-            return self._row.factors.unsqueeze(2).to(z.dtype) * self._cost.product(self._row, self._column, z)
+            return self._row.factors.unsqueeze(2).to(z.dtype) * self._cost.product(self._row.extended, self._column, z)
 
     def _transposed_times(self, z: Tensor) -> Tensor:
         self._look()
         with _library.no_autocast(z):
-            product = self._cost.transposed_product(self._row, self._column, z)
+            product = self._cost.transposed_product(self._row, self._column.extended, z)
             return self._column.factors.unsqueeze(2).to(z.dtype) * product
 
     def _target_points(self, points: Tensor) -> Tensor:
