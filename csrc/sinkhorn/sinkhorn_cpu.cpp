@@ -308,11 +308,13 @@ class Problem {
     return sum;
   }
 
-  // Of a marginal that must hold, how far the row's mass is from its weight; else how far its potential moves.
+  // Of marginals that must hold, how far the row's mass is from its weight. Else how far the logarithm of its mass is
+  // from what its potential and the penalty ask for, which for a small rho may be far even where the potential moves by
+  // little of eps.
   double row_error(int64_t k, double log_mass, double step) const {
     if (args_.row.weights[k] == 0) return 0;
     if (is_balanced_) return std::abs(args_.row.weights[k] - std::exp(log_mass));
-    return std::isfinite(step) ? args_.row.weights[k] * std::abs(step) / epsilon_ : 0;
+    return std::isfinite(step) ? args_.row.weights[k] * std::abs(step) / (kappa(args_.row, k, epsilon_) * epsilon_) : 0;
   }
 
   double sum_of_errors() const {
@@ -435,7 +437,7 @@ class Problem {
     if (is_balanced_) {
       errors_.get()[block] += std::abs(args_.row.weights[index_ * n_ + i] - static_cast<double>(before) * sum);
     } else {
-      errors_.get()[block] += args_.row.weights[index_ * n_ + i] * std::abs(std::log(u / before));
+      errors_.get()[block] += args_.row.weights[index_ * n_ + i] * std::abs(std::log(u / before)) / kappa;
     }
     if (!(sum > 1 / kWidest<A>) || !(u > 1 / kWidest<A> && u < kWidest<A>)) is_wide_.get()[block] = true;
     return u_.get()[i] = u;

@@ -46,7 +46,8 @@ def sinkhorn(
         if is_balanced:
             new_error = torch.where(a > 0, a * torch.expm1(-step).abs(), 0).sum(1)
         else:
-            new_error = torch.where(step.isfinite(), a * step.abs(), 0).sum(1)
+            kappa = 1.0 if rho_a is None else 1 / (1 + current.unsqueeze(1) / rho_a)
+            new_error = torch.where(step.isfinite(), a * step.abs() / kappa, 0).sum(1)
         is_done = (error <= tol).unsqueeze(1)
         f, g = torch.where(is_done, f, new_f), torch.where(is_done, g, new_g)
         iterations += ~is_done.squeeze(1)

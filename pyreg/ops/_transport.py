@@ -90,7 +90,8 @@ class Transport:
     @property
     def marginal_error(self) -> Tensor:
         """``[...]``, float64: what the iteration has reached. Of a problem without penalties the L1 norm of ``P 1 - a``
-        (``P^T 1 = b`` holds after every iteration), else ``sum_i a_i |change of f_i| / epsilon`` in the last one."""
+        (``P^T 1 = b`` holds after every iteration), else ``sum_i a_i |change of f_i| / (kappa_i epsilon)`` in the last
+        one, with ``kappa = rho / (rho + epsilon)``: by how much masses are off from what potentials ask for."""
         self._look()
         return self._problems.numbers(self._progress.error)
 
