@@ -105,15 +105,14 @@ struct Split {
 };
 
 // p - c + q + low. Potentials and costs are some thousand epsilon at times, and their difference some epsilon: what
-// float loses in the first two steps is added back (Knuth's sum without error). Minus infinity stays it.
+// float loses in the first step is added back (Knuth's sum without error); the second loses but digits of its result.
+// Minus infinity stays it.
 template <typename A>
 inline Vector<A> difference(Vector<A> p, Vector<A> c, Vector<A> q, Vector<A> low) {
   const Vector<A> first = p - c, sum = first + q;
   if constexpr (sizeof(A) == 8) return sum;
-  const Vector<A> minus_c = first - p, first_loss = (p - (first - minus_c)) - (c + minus_c);
-  const Vector<A> added = sum - first, loss = (first - (sum - added)) + (q - added);
-  const Vector<A> exact = sum + (first_loss + loss + low);
-  return sum > broadcast(-static_cast<A>(__builtin_inf())) ? exact : sum;
+  const Vector<A> minus_c = first - p, loss = (p - (first - minus_c)) - (c + minus_c);
+  return sum > broadcast(-static_cast<A>(__builtin_inf())) ? sum + (loss + low) : sum;
 }
 
 // ---- the iteration ----
