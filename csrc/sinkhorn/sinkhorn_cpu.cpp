@@ -200,6 +200,7 @@ class Problem {
   template <typename Function>
   void for_each_block(Function&& function) const {
     parallel_for(blocks_, 1, [&](int64_t begin, int64_t end) {
+      const FlushSubnormals flush;
       for (int64_t block = begin; block < end; ++block) function(block);
     });
   }
