@@ -300,6 +300,27 @@ def test_zero_tiny_and_huge_weights(device: torch.device, variant: str, dtype: t
     assert_as_accurate(ours[1], theirs[1], truth[1], floor=64)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("count", [12, 530])
+def test_a_row_opposite_to_all_others(device: torch.device, variant: str, dtype: torch.dtype, count: int) -> None:
+    """At a temperature of 0.01 its exponentials are e^-100, beside the released forms' N - |P_i|."""
+    features = (features_like((count, 3), device).detach() / 50 + torch.tensor([1.0, 0.0, 0.0], device=device)).to(
+        dtype
+    )
+    features[0] *= -1
+    features.requires_grad_()
+    targets = (torch.arange(count, device=device) // 3).float()
+    preds = torch.zeros(count, device=device)
+    arguments = {"targets": targets, "preds": preds, "temperature": 0.01, "variant": variant, "reduction": "none"}
+    ours = value_and_gradients(conr_loss, [features], **arguments)
+    truth = value_and_gradients(reference, in_float64([features]), **arguments)
+    assert truth[0][0] > 0
+    limit = 512 * ROUNDOFF[dtype]  # exponents of 100, whose roundings add up
+    assert relative_error(ours[0][0], truth[0][0]) <= limit
+    assert all(relative_error(actual, expected) <= limit for actual, expected in zip(ours, truth, strict=True))
+
+
 def test_weights_of_one_are_none(device: torch.device) -> None:
     targets, preds = torch.randint(20, (2, 50), device=device)
     features = features_like((50, 6), device)

@@ -204,7 +204,7 @@ def test_zero_features(device: torch.device, loss: Loss, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1e25, 1e-8, 1e-20, 0.0])
+@pytest.mark.parametrize("size", [1e25, 1e-8, 2e-13, 1e-20, 0.0])
 @pytest.mark.parametrize("name", [name for name in LOSSES if not name.endswith("-raw")])
 def test_huge_tiny_and_zero_rows(device: torch.device, name: str, dtype: torch.dtype, size: float) -> None:
     """Rows above 1e-12 count by their direction alone; those below are divided by 1e-12."""

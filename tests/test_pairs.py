@@ -17,6 +17,7 @@ from tests.oracle import FLOAT_DTYPES, assert_as_accurate
 from tests.pairwise import LOSSES, Loss, in_float64, value_and_gradients
 from tests.test_conr import (  # noqa: F401
     test_a_large_push,
+    test_a_row_opposite_to_all_others,
     test_averaged_labels,
     test_golden,
     test_labels_of_several_values,
