@@ -15,6 +15,9 @@
 
 namespace pyreg {
 
+// For row_count: a number that tracing need not know.
+constexpr int64_t kAllRows = -1;
+
 class SelfPairs {
  public:
   SelfPairs(const char* name, const Tensor& features, bool normalize, double temperature, int64_t first_row,
@@ -24,14 +27,14 @@ class SelfPairs {
         dtype_(dtype_of(features.scalar_type(), name)),
         normalize_(normalize),
         first_row_(first_row),
-        row_count_(row_count) {
+        row_count_(row_count == kAllRows ? features.size(0) : row_count) {
     PYREG_REQUIRE(features.dim() == 2 && features.size(1) > 0, name, "expected features of shape [N, D]");
-    PYREG_REQUIRE(first_row >= 0 && row_count >= 0 && first_row + row_count <= count(), name,
+    PYREG_REQUIRE(first_row_ >= 0 && row_count_ >= 0 && first_row_ + row_count_ <= count(), name,
                   "expected rows within the features'");
     PYREG_REQUIRE(temperature > 0, name, "expected a positive temperature");
     args_.dtype = accumulate(dtype_);
     args_.scale = 1 / temperature;
-    args_.is_upper = row_count == count();
+    args_.is_upper = row_count_ == count();
   }
 
   const char* name() const { return name_; }

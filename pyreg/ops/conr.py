@@ -172,8 +172,8 @@ def _weighted(targets: Tensor, weights: Tensor, rows: Tensor, variant: str) -> t
 # ---- the operator ----
 
 
-for _operator in ("conr", "conr_backward"):
-    _library.implement(_operator, _contrastive.on_cuda(_operator), ["CUDA"])
+_library.implement("conr", _contrastive.on_cuda("conr", row_count=-2), ["CUDA"])
+_library.implement("conr_backward", _contrastive.on_cuda("conr_backward", row_count=-1), ["CUDA"])
 
 
 def _dense(

@@ -89,8 +89,8 @@ def supcon_loss(
 # ---- the operator ----
 
 
-for _operator in ("supcon", "supcon_backward"):
-    _library.implement(_operator, _contrastive.on_cuda(_operator), ["CUDA"])
+_library.implement("supcon", _contrastive.on_cuda("supcon", row_count=-2), ["CUDA"])
+_library.implement("supcon_backward", _contrastive.on_cuda("supcon_backward", row_count=-1), ["CUDA"])
 
 
 def _dense(features: Tensor, labels: Tensor, temperature: float, normalize: bool, reduction: int) -> Tensor:
