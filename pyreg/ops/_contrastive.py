@@ -243,6 +243,8 @@ class SymmetricLoss:
     def upstream(self, grad_loss: Tensor, statistics: Tensor, reduction: int) -> Tensor:
         """The upstream gradient ``[N]`` of each row's loss."""
         rows = grad_loss.to(statistics.dtype)
+        if reduction == 0:  # a row that adds nothing has no part in the gradient, whatever comes from above
+            return rows.masked_fill(statistics[1] == 0, 0)
         if reduction == 1:
             rows = rows / self.divisor(statistics)
         return rows.expand(statistics.shape[1]).contiguous()
