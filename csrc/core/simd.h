@@ -304,8 +304,8 @@ PYREG_HOST_DEVICE Doubles to_doubles(FloatVector v) {
 
 PYREG_HOST_DEVICE DoubleVector to_doubles(DoubleVector v) { return v; }
 
-// While it lives, this thread's subnormal results are 0: each would cost an x86 processor some 150 cycles, where sums of
-// exponentials have no use for terms below 2^-126.
+// While it lives, this thread's subnormal results are 0: each would cost an x86 processor some 150 cycles, where sums
+// of exponentials have no use for terms below 2^-126.
 class FlushSubnormals {
  public:
 #if defined(__SSE2__)
@@ -321,6 +321,6 @@ class FlushSubnormals {
   FlushSubnormals() {}
   ~FlushSubnormals() {}
 #endif
-  };
+};
 
 }  // namespace pyreg::PYREG_ISA

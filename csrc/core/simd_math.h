@@ -1,5 +1,6 @@
 // Vector forms of core/math.h, which includes this file, as polynomials: the natural logarithm for float and double,
-// the functions further down for float, exp for double too. The other double ones are the scalar function, lane by lane.
+// the functions further down for float, exp for double too. The other double ones are the scalar function, lane by
+// lane.
 //
 // log(m 2^e) with m in [sqrt(1/2), sqrt(2)): f = m - 1, s = f / (2 + f), log(1 + f) = 2 atanh(s)
 //   = f - f^2/2 + s (f^2/2 + R),  R = 2 s^2 (1/3 + s^2/5 + s^4/7 + ...),  |s| < 0.1716.
@@ -196,8 +197,8 @@ PYREG_HOST_DEVICE FloatVector error_function(FloatVector x) {
 
 // As for float; the series to r^13 leaves a relative error of 4e-18.
 PYREG_HOST_DEVICE DoubleVector exponential(DoubleVector x) {
-  constexpr double kInverseFactorial[] = {1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
-                                          1.0 / 5040,    1.0 / 40320,    1.0 / 362880,    1.0 / 3628800,
+  constexpr double kInverseFactorial[] = {1.0 / 6,        1.0 / 24,        1.0 / 120,         1.0 / 720,
+                                          1.0 / 5040,     1.0 / 40320,     1.0 / 362880,      1.0 / 3628800,
                                           1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
   constexpr double kLog2E = 1.44269504088896340736, kRound = 0x1.8p52;
   x = x > 710.0 ? broadcast(710.0) : x;    // infinity
