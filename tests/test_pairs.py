@@ -1,10 +1,10 @@
-"""The pairwise losses by torch's own operators, which serve CUDA where no kernel does; they run on any device.
-
-Called as they are: the dispatcher would take the device's kernels.
-"""
+"""The pairwise losses by torch's own operators, which serve CUDA where no kernel does, on the CPU: as they are, and in
+the place of the CPU's kernels, in tests of the public functions."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,10 +12,31 @@ import torch
 from torch import Tensor
 
 from bench.memory import peak_extra_bytes
-from pyreg.ops import _pairs
+from pyreg.ops import _contrastive, _pairs
 from tests.oracle import FLOAT_DTYPES, assert_as_accurate
 from tests.pairwise import LOSSES, Loss, in_float64, value_and_gradients
-from tests.test_contrastive import operator_arguments
+from tests.test_conr import (  # noqa: F401
+    test_a_large_push,
+    test_averaged_labels,
+    test_golden,
+    test_labels_of_several_values,
+    test_rows_of_bad_labels_and_weights_are_in_no_pair,
+    test_rows_that_add_nothing_take_no_part_whatever_their_upstream_gradient,
+    test_rows_without_pairs_add_nothing,
+    test_window_includes_its_border,
+    test_zero_tiny_and_huge_weights,
+)
+from tests.test_contrastive import (  # noqa: F401
+    operator_arguments,
+    test_huge_tiny_and_zero_rows,
+    test_low_temperature,
+    test_same_bits_on_every_run,
+    test_zero_features,
+)
+from tests.test_info_nce import test_all_of_one_id, test_rare_keys  # noqa: F401
+from tests.test_supcon import test_a_mean_is_over_rows_with_positives, test_all_of_one_label  # noqa: F401
+
+pytestmark = pytest.mark.cpu_only
 
 CPU = torch.device("cpu")
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
@@ -24,6 +45,35 @@ EXACT = {"rtol": 1e-11, "atol": 1e-13}
 @pytest.fixture(params=LOSSES)
 def loss(request: pytest.FixtureRequest) -> Loss:
     return LOSSES[request.param]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _composition() -> Iterator[None]:
+    """Takes the place of the CPU's kernels."""
+    library = torch.library.Library("pyreg", "IMPL", "CPU")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_contrastive, "_kernels", lambda tensor: _pairs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*[Oo]verriding a previously registered kernel.*")
+            for name in ("conr", "supcon"):
+                library.impl(name, _contrastive.on_cuda(name, row_count=-2), allow_override=True)
+                backward = f"{name}_backward"
+                library.impl(backward, _contrastive.on_cuda(backward, row_count=-1), allow_override=True)
+            library.impl("info_nce", _info_nce_with_gradient, allow_override=True)
+            library.impl("info_nce_backward", _contrastive.on_cuda("info_nce_backward"), allow_override=True)
+        yield
+    library._destroy()
+
+
+def _info_nce_with_gradient(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    """On the CPU the forward pass is asked for gradients too."""
+    (*others, temperature, normalize, _, symmetric, offset, reduction, _, with_gradient) = options
+    loss, *statistics, _, _ = _pairs.info_nce(query, key, *options)
+    total = statistics[0].dtype
+    share = (1 / len(query) if reduction == 1 else 1.0) / (2 if symmetric else 1)
+    rows = torch.full((len(query),), share, dtype=total)
+    sides = (rows, rows if symmetric else rows[:0], query.to(total), key.to(total), *others, *statistics)
+    return loss, *statistics, *_pairs.info_nce_backward(*sides, temperature, normalize, offset, with_gradient)
 
 
 @pytest.fixture(params=["one block", "many blocks"])
