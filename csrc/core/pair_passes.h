@@ -124,6 +124,7 @@ class Tile {
   void for_each_block_in_parallel(Function&& function) const {
     const int64_t elements = kPairBlockRows * args_.columns;
     parallel_for(blocks(), (kElementsPerTask + elements - 1) / elements, [&](int64_t first, int64_t last) {
+      const FlushSubnormals flush;
       for (int64_t block = first; block < last; ++block) function(block);
     });
   }

@@ -222,7 +222,8 @@ struct PanelMemory {
   PanelMemory(const PairArgs& args, int64_t rows, int64_t columns, const Tensor& like, bool has_whole_rows = false)
       : scores(like), workspace(like) {
     const bool is_one = is_one_panel(rows, columns);
-    const int64_t fitting = has_whole_rows ? std::clamp(kMostScores / columns, kLeastPanelRows, kPanelRows) : kPanelRows;
+    const int64_t fitting =
+        has_whole_rows ? std::clamp(kMostScores / columns, kLeastPanelRows, kPanelRows) : kPanelRows;
     panel_rows = is_one ? rows : std::min(rows, fitting);
     panel_columns = is_one || has_whole_rows ? columns : std::min(columns, kPanelColumns);
     stride = (panel_columns + 15) / 16 * 16 + kPairPadding;

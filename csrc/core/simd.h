@@ -7,7 +7,7 @@
 
 #include "core/dtype.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -303,5 +303,24 @@ PYREG_HOST_DEVICE Doubles to_doubles(FloatVector v) {
 }
 
 PYREG_HOST_DEVICE DoubleVector to_doubles(DoubleVector v) { return v; }
+
+// While it lives, this thread's subnormal results are 0: each would cost an x86 processor some 150 cycles, where sums
+// of exponentials have no use for terms below 2^-126.
+class FlushSubnormals {
+ public:
+#if defined(__SSE2__)
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | kFlushToZero | kDenormalsAreZero); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  static constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040;
+  unsigned before_;
+#else
+  FlushSubnormals() {}
+  ~FlushSubnormals() {}
+#endif
+};
 
 }  // namespace pyreg::PYREG_ISA

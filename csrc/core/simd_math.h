@@ -1,5 +1,6 @@
 // Vector forms of core/math.h, which includes this file, as polynomials: the natural logarithm for float and double,
-// the functions further down for float. A double one of those is the scalar function, lane by lane.
+// the functions further down for float, exp for double too. The other double ones are the scalar function, lane by
+// lane.
 //
 // log(m 2^e) with m in [sqrt(1/2), sqrt(2)): f = m - 1, s = f / (2 + f), log(1 + f) = 2 atanh(s)
 //   = f - f^2/2 + s (f^2/2 + R),  R = 2 s^2 (1/3 + s^2/5 + s^4/7 + ...),  |s| < 0.1716.
@@ -194,8 +195,27 @@ PYREG_HOST_DEVICE FloatVector error_function(FloatVector x) {
   return with_sign_of(magnitude < 0.84375f ? small : large, x);
 }
 
+// As for float; the series to r^13 leaves a relative error of 4e-18.
 PYREG_HOST_DEVICE DoubleVector exponential(DoubleVector x) {
-  return lane_by_lane(x, [](double lane) { return exponential(lane); });
+  constexpr double kInverseFactorial[] = {1.0 / 6,        1.0 / 24,        1.0 / 120,         1.0 / 720,
+                                          1.0 / 5040,     1.0 / 40320,     1.0 / 362880,      1.0 / 3628800,
+                                          1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
+  constexpr double kLog2E = 1.44269504088896340736, kRound = 0x1.8p52;
+  x = x > 710.0 ? broadcast(710.0) : x;    // infinity
+  x = x < -746.0 ? broadcast(-746.0) : x;  // 0
+  const DoubleVector shifted = x * kLog2E + kRound;
+  const DoubleVector rounded = shifted - kRound;
+  const DoubleVector r = (x - rounded * LogFormat<double>::kLn2High) - rounded * LogFormat<double>::kLn2Low;
+  DoubleVector series = broadcast(kInverseFactorial[10]);
+  for (int term = 9; term >= 0; --term) series = series * r + kInverseFactorial[term];
+  const DoubleVector mantissa = 1.0 + (r + r * r * (0.5 + r * series));
+  // The integer n is in the last bits of `shifted`; moved up into the exponent's, those above it are gone.
+  const DoubleVector shifted_half = rounded * 0.5 + kRound;
+  const DoubleVector shifted_rest = (rounded - (shifted_half - kRound)) + kRound;
+  const Int64Vector one = bit_cast<Int64Vector>(broadcast(1.0));
+  const DoubleVector first = bit_cast<DoubleVector>((bit_cast<Int64Vector>(shifted_half) << 52) + one);
+  const DoubleVector second = bit_cast<DoubleVector>((bit_cast<Int64Vector>(shifted_rest) << 52) + one);
+  return mantissa * first * second;
 }
 PYREG_HOST_DEVICE DoubleVector arc_tangent(DoubleVector x) {
   return lane_by_lane(x, [](double lane) { return arc_tangent(lane); });
