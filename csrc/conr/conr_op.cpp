@@ -130,8 +130,10 @@ class Problem : public SelfPairs {
     const Bounds target = targets_.bounds(rows, source), pred = preds_.bounds(rows, source);
     std::vector<Span> spans;
     for (int64_t block = begin / kBlockColumns; block * kBlockColumns < count(); ++block) {
-      const bool is_empty =
-          targets_.gap(target, target_blocks_[block]) > reach_ && preds_.gap(pred, pred_blocks_[block]) > reach_;
+      // A panel starts with its square on the diagonal, even if all of its labels are NaN.
+      const bool is_diagonal = args_.is_upper && block * kBlockColumns < rows.end();
+      const bool is_empty = !is_diagonal && targets_.gap(target, target_blocks_[block]) > reach_ &&
+                            preds_.gap(pred, pred_blocks_[block]) > reach_;
       if (is_empty) continue;
       const int64_t first = std::max(begin, block * kBlockColumns);
       const int64_t end = std::min(count(), (block + 1) * kBlockColumns);
