@@ -55,6 +55,7 @@ class Problem {
 
  private:
   void set_partners(int64_t offset) {
+    offset = std::clamp(offset, -row_count(), column_count());  // beyond which no row has a positive
     partners_.resize(static_cast<size_t>(row_count()));
     for (int64_t i = 0; i < row_count(); ++i) {
       partners_[i] = i + offset >= 0 && i + offset < column_count() ? i + offset : -1;
@@ -176,9 +177,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(Tensor query, Tensor
                                                             std::optional<Tensor> query_ids,
                                                             std::optional<Tensor> key_ids, double temperature,
                                                             bool normalize, bool by_query, bool by_key, int64_t offset,
-                                                            int64_t reduction, ScalarType loss_type,
+                                                            int64_t reduction_code, ScalarType loss_type,
                                                             std::vector<bool> with_gradient) {
   constexpr const char* kName = "info_nce";
+  const Reduction reduction = reduction_of(reduction_code, kName);
   PYREG_REQUIRE(by_query || by_key, kName, "expected by_query or by_key");
   PYREG_REQUIRE(with_gradient.size() == 2, kName, "expected with_gradient of two");
   const std::optional<Tensor> none;
@@ -188,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(Tensor query, Tensor
   const bool is_symmetric = by_query && by_key, has_gradient = with_gradient[0] || with_gradient[1];
   PYREG_REQUIRE(!is_symmetric || (query.size(0) == key.size(0) && offset == 0), kName,
                 "expected as many queries as keys and offset 0 for both directions");
-  PYREG_REQUIRE(!has_gradient || (static_cast<Reduction>(reduction) != Reduction::none &&
+  PYREG_REQUIRE(!has_gradient || (reduction != Reduction::none &&
                                   (!is_symmetric || is_one_panel(query.size(0), key.size(0)))),
                 kName, "expected with_gradient for a reduced loss of one direction, or of at most ", kOnePanelRows,
                 " rows, only");
@@ -205,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(Tensor query, Tensor
       gradients.emplace(unit_rows, unit_columns, with_gradient[by_query ? 0 : 1], with_gradient[by_query ? 1 : 0]);
     }
     const double upstream =
-        (static_cast<Reduction>(reduction) == Reduction::mean ? 1 / divisor : 1) / (is_symmetric ? 2 : 1);
+        (reduction == Reduction::mean ? 1 / divisor : 1) / (is_symmetric ? 2 : 1);
     run_forward(problem, rows, columns, unit_rows, unit_columns, gradients ? &*gradients : nullptr, upstream);
     if (gradients) {
       gradients->write(problem.args().dtype, by_query ? grad_query : grad_key, by_query ? grad_key : grad_query);
