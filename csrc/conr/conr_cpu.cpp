@@ -136,12 +136,8 @@ struct ConrPairs {
     const Vector<A> column_weight = load(static_cast<const A*>(args_.column.weights) + j);
     const Vector<A> row_factor = negative ? row.weight * push : one;
     const Vector<A> column_factor = negative ? column_weight * push : one;
-    return {positive | negative,
-            positive,
-            exponent_of(exponent, row_factor),
-            exponent_of(exponent, column_factor),
-            row_factor,
-            column_factor};
+    return {positive | negative, positive,     exponent_of(exponent, row_factor), exponent_of(exponent, column_factor),
+            row_factor,          column_factor};
   }
 
   // A term of factor 0 must not be the largest, beside which the others may vanish.

@@ -122,8 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> self_pairs_forward(Problem& problem, int64_t 
   PairArgs& args = problem.args();
   const int64_t row_count = problem.row_count(), first_row = problem.first_row();
   const bool is_mean = reduction == Reduction::mean;
-  PYREG_REQUIRE(!with_gradient ||
-                    (args.is_upper && problem.count() <= kOnePanelRows && reduction != Reduction::none),
+  PYREG_REQUIRE(!with_gradient || (args.is_upper && problem.count() <= kOnePanelRows && reduction != Reduction::none),
                 problem.name(), "expected with_gradient for at most ", kOnePanelRows, " rows and a reduced loss only");
   const ScalarType type = accumulate_type(problem.dtype());
   const Dtype dtype = accumulate(problem.dtype());

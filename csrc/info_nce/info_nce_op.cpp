@@ -190,10 +190,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(Tensor query, Tensor
   const bool is_symmetric = by_query && by_key, has_gradient = with_gradient[0] || with_gradient[1];
   PYREG_REQUIRE(!is_symmetric || (query.size(0) == key.size(0) && offset == 0), kName,
                 "expected as many queries as keys and offset 0 for both directions");
-  PYREG_REQUIRE(!has_gradient || (reduction != Reduction::none &&
-                                  (!is_symmetric || is_one_panel(query.size(0), key.size(0)))),
-                kName, "expected with_gradient for a reduced loss of one direction, or of at most ", kOnePanelRows,
-                " rows, only");
+  PYREG_REQUIRE(
+      !has_gradient || (reduction != Reduction::none && (!is_symmetric || is_one_panel(query.size(0), key.size(0)))),
+      kName, "expected with_gradient for a reduced loss of one direction, or of at most ", kOnePanelRows,
+      " rows, only");
   const ScalarType type = accumulate_type(problem.dtype());
   Tensor grad_query = empty_gradient(query, with_gradient[0], type);
   Tensor grad_key = empty_gradient(key, with_gradient[1], type);
@@ -206,8 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(Tensor query, Tensor
     if (has_gradient) {
       gradients.emplace(unit_rows, unit_columns, with_gradient[by_query ? 0 : 1], with_gradient[by_query ? 1 : 0]);
     }
-    const double upstream =
-        (reduction == Reduction::mean ? 1 / divisor : 1) / (is_symmetric ? 2 : 1);
+    const double upstream = (reduction == Reduction::mean ? 1 / divisor : 1) / (is_symmetric ? 2 : 1);
     run_forward(problem, rows, columns, unit_rows, unit_columns, gradients ? &*gradients : nullptr, upstream);
     if (gradients) {
       gradients->write(problem.args().dtype, by_query ? grad_query : grad_key, by_query ? grad_key : grad_query);
