@@ -329,6 +329,28 @@ def test_opcheck_of_the_gradient(device: torch.device, loss: Loss) -> None:
 
 
 @pytest.mark.cpu_only
+def test_numbers_out_of_range_in_direct_calls(device: torch.device, loss: Loss) -> None:
+    features, arguments = loss.features((9, 4), torch.float32, device), loss.arguments(9, device)
+    forward = list(operator_arguments(loss, [tensor.detach() for tensor in features], arguments, 1))
+
+    def call(position: int, *values: int) -> tuple[Tensor, ...]:
+        changed = [*forward[:position], *values, *forward[position + len(values) :]]
+        return getattr(torch.ops.pyreg, loss.operator)(*changed)  # type: ignore[no-any-return]
+
+    position, most = len(forward) - (3 if loss.operator == "info_nce" else 5), 2**63 - 1
+    for reduction in (-1, 3):
+        with pytest.raises(ValueError, match=f"expected reduction 0 .* got {reduction}"):
+            call(position, reduction)
+    if loss.operator != "info_nce":
+        for first_row, row_count in ((-1, 9), (0, 10), (9, 1), (most, most)):
+            with pytest.raises(ValueError, match="expected rows within the features'"):
+                call(position + 2, first_row, row_count)
+    elif not arguments.get("symmetric", False):
+        for offset in (9, most, -9, -most):  # no query has a positive
+            assert call(position - 1, offset)[0] == 0
+
+
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("name", ["conr-paper", "supcon", "info_nce-symmetric"])
 def test_compile(device: torch.device, name: str) -> None:
     torch._dynamo.reset()
