@@ -157,6 +157,32 @@ def test_tiles_without_pairs(device: torch.device, labels: int, dtype: torch.dty
         assert_as_accurate(actual, same_dtype, expected, floor=8)
 
 
+def test_a_distance_that_is_rounded_to_the_window(device: torch.device) -> None:
+    """Labels a little more than the window apart, whose difference in float32 is the window: no tile is skipped."""
+    targets = torch.tensor([-(2.0**-25), 1.0, 50.0]).repeat_interleave(torch.tensor([256, 256, 64])).to(device)
+    preds = targets.clone()
+    preds[512:] = 0.5
+    features = features_like((576, 6), device, torch.float32)
+    losses, expected = (
+        f(features, targets, preds, window=1.0, temperature=0.5, reduction="none") for f in (conr_loss, reference)
+    )
+    torch.testing.assert_close(losses, expected, rtol=64 * ROUNDOFF[torch.float32], atol=0)
+
+
+@pytest.mark.parametrize("norm", [1, 2, INF])
+def test_a_push_as_large_as_the_norm_makes_it(device: torch.device, norm: float) -> None:
+    """45 a label: up to 180 of four, whose exponential is beyond float32."""
+    targets = torch.zeros(12, 4, device=device)
+    targets[6:] = 45
+    preds, features = torch.zeros_like(targets), features_like((12, 3), device, torch.float32)
+    options = {"eta": 1.0, "temperature": 1.0, "label_norm": norm}
+    (value, gradient), (expected, expected_gradient) = (
+        value_and_gradients(f, [features], targets=targets, preds=preds, **options) for f in (conr_loss, reference)
+    )
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)  # roundoffs of 180 in an exponent
+
+
 @pytest.mark.parametrize("count", [60, 700])
 def test_the_order_of_rows_does_not_matter(device: torch.device, count: int) -> None:
     features = features_like((count, 6), device)
