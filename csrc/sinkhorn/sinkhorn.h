@@ -43,7 +43,7 @@ struct SinkhornArgs {
   bool is_streaming;  // K is never held
   int64_t batch, rows, columns;
   SinkhornSide row, column;
-  bool is_counting;      // target is multiplied by kappa
+  bool is_counting;             // target is multiplied by kappa
   const double* epsilon;        // [batch] where it ends
   const double* first_epsilon;  // [batch] where it begins
   double epsilon_factor;        // between stages, below 1

@@ -69,9 +69,9 @@ Result sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor log_a, Tensor log_b, std
   args.batch = cost.size(0);
   args.rows = cost.size(1);
   args.columns = cost.size(2);
-  return solve("sinkhorn", args, cost,
-               {a, b, log_a, log_b, rho_a, rho_b, epsilon, first_epsilon, epsilon_factor, is_counting, max_iter, tol,
-                initial});
+  return solve(
+      "sinkhorn", args, cost,
+      {a, b, log_a, log_b, rho_a, rho_b, epsilon, first_epsilon, epsilon_factor, is_counting, max_iter, tol, initial});
 }
 
 Result sinkhorn_points(Tensor x, Tensor y, int64_t point_cost, bool is_streaming, Tensor a, Tensor b, Tensor log_a,
@@ -92,9 +92,9 @@ Result sinkhorn_points(Tensor x, Tensor y, int64_t point_cost, bool is_streaming
   args.batch = x.size(0);
   args.rows = x.size(1);
   args.columns = y.size(1);
-  return solve(kName, args, x,
-               {a, b, log_a, log_b, rho_a, rho_b, epsilon, first_epsilon, epsilon_factor, is_counting, max_iter, tol,
-                initial});
+  return solve(
+      kName, args, x,
+      {a, b, log_a, log_b, rho_a, rho_b, epsilon, first_epsilon, epsilon_factor, is_counting, max_iter, tol, initial});
 }
 
 }  // namespace
