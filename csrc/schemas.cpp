@@ -93,6 +93,13 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "sinkhorn_points(Tensor x, Tensor y, int point_cost, bool is_streaming, Tensor a, Tensor b, Tensor log_a, Tensor "
       "log_b, Tensor? rho_a, Tensor? rho_b, Tensor epsilon, Tensor first_epsilon, float epsilon_factor, bool "
       "is_counting, int max_iter, float tol, Tensor initial) -> (Tensor f, Tensor g, Tensor error, Tensor iterations)");
+  // csrc/point_plan, pyreg/ops/_point_plan.py.
+  library.def(
+      "point_plan(Tensor x, Tensor y, Tensor row_potentials, Tensor column_potentials, Tensor epsilon, Tensor u, "
+      "Tensor "
+      "z, int point_cost, bool times_cost, bool with_rows, bool with_columns, bool with_x, bool with_y) -> (Tensor "
+      "rows, "
+      "Tensor columns, Tensor by_x, Tensor by_y)");
   // What follows them is in pyreg/ops/_potentials.py. Potentials here leave the weights out, and weights of 0 have one.
   library.def(
       "sinkhorn_potentials(Tensor cost, Tensor a, Tensor b, Tensor? rho_a, Tensor? rho_b, Tensor epsilon, Tensor "

@@ -8,14 +8,13 @@
 // Bytes beyond inputs and outputs: the rows of length 1, the sum of H z, one panel: O(N D).
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #include <algorithm>
 #include <limits>
 #include <numeric>
 #include <vector>
 
 #include "core/pairs.h"
+#include "core/products.h"
 #include "core/tensor.h"
 #include "unit_rows/unit_rows.h"
 
@@ -39,14 +38,6 @@ struct Span {
 inline Dtype accumulate(Dtype dtype) { return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32; }
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
-inline Tensor matrix_view(const Tensor& base, int64_t offset, std::array<int64_t, 2> sizes,
-                          std::array<int64_t, 2> strides) {
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(base.get(), 2, sizes.data(), strides.data(), offset, &handle));
-  return Tensor(handle);
-}
-
 // Rows [first, first + count) of a contiguous matrix, and the same transposed.
 inline Tensor rows_of(const Tensor& matrix, Span span) {
   const int64_t width = matrix.size(1);
@@ -55,13 +46,6 @@ inline Tensor rows_of(const Tensor& matrix, Span span) {
 inline Tensor transposed_rows_of(const Tensor& matrix, Span span) {
   const int64_t width = matrix.size(1);
   return matrix_view(matrix, span.first * width, {width, span.count}, {1, width});
-}
-
-inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-}
-inline void add_product(const Tensor& total, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(total.get(), total.get(), a.get(), b.get(), 1, 1));
 }
 
 // The shift as the kernels subtract it: what is added to the logarithm is the same number.

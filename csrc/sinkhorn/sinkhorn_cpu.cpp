@@ -9,6 +9,7 @@
 #include "core/parallel.h"
 #include "core/rows.h"
 #include "core/simd.h"
+#include "sinkhorn/point_costs.h"
 #include "sinkhorn/sinkhorn.h"
 
 namespace pyreg::PYREG_ISA {
@@ -47,73 +48,24 @@ struct DenseCost {
   const A* costs;
 };
 
-// Between points, computed from their coordinates; kDimension 0: any number of them.
+// Between points.
 template <typename Scores, PointCost kCost, int64_t kDimension>
-struct PointsCost {
+struct OwnPointsCost : PointsCost<Scores, kCost, kDimension> {
   using A = Scores;
-  struct Row {
-    const A* point;
-  };
 
-  PointsCost(const SinkhornArgs& args, int64_t index)
-      : dimension(kDimension > 0 ? kDimension : args.dimension),
-        stride(padded(args.columns)),
-        x(static_cast<const A*>(args.x) + index * args.rows * args.dimension),
-        y(args.dimension * padded(args.columns)) {
-    const A* const points = static_cast<const A*>(args.y) + index * args.columns * args.dimension;
-    for (int64_t k = 0; k < dimension; ++k) {
-      A* const coordinate = y.get() + k * stride;
-      for (int64_t j = 0; j < args.columns; ++j) coordinate[j] = points[j * dimension + k];
-      for (int64_t j = args.columns; j < stride; ++j) coordinate[j] = 0;
-    }
+  OwnPointsCost(const SinkhornArgs& args, int64_t index) : coordinates(args.dimension * padded(args.columns)) {
+    this->dimension = kDimension > 0 ? kDimension : args.dimension;
+    this->stride = padded(args.columns);
+    this->x = static_cast<const A*>(args.x) + index * args.rows * args.dimension;
+    this->y = coordinates.get();
+    transpose_points(static_cast<const A*>(args.y) + index * args.columns * args.dimension, args.columns,
+                     args.dimension, this->stride, coordinates.get());
   }
 
   static int64_t padded(int64_t columns) { return (columns + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
 
-  Row row(int64_t i) const { return {x + i * dimension}; }
-  Vector<A> at(const Row& row, int64_t j) const {
-    Vector<A> sum{};
-    for (int64_t k = 0; k < (kDimension > 0 ? kDimension : dimension); ++k) {
-      const Vector<A> coordinate = load(y.get() + k * stride + j);
-      if constexpr (kCost == PointCost::cosine) {
-        sum += row.point[k] * coordinate;
-      } else {
-        const Vector<A> difference = row.point[k] - coordinate;
-        sum += difference * difference;
-      }
-    }
-    if constexpr (kCost == PointCost::cosine) return A(1) - sum;
-    if constexpr (kCost == PointCost::euclidean) return square_root(sum);
-    return sum;
-  }
-  Vector<A> at_end(const Row& row, int64_t j, int count) const {
-    return lane_index<A>() < count ? at(row, j) : broadcast(static_cast<A>(__builtin_inf()));
-  }
-
-  int64_t dimension, stride;
-  const A* x;    // [rows, dimension]
-  Scratch<A> y;  // [dimension, stride]
+  Scratch<A> coordinates;
 };
-
-// ---- potentials and costs ----
-
-// A potential as one number of A and what that leaves.
-template <typename A>
-struct Split {
-  explicit Split(double x) : high(static_cast<A>(x)), low(std::isfinite(x) ? static_cast<A>(x - high) : A(0)) {}
-  A high, low;
-};
-
-// p - c + q + low. Potentials and costs are some thousand epsilon at times, and their difference some epsilon: what
-// float loses in the first step is added back (Knuth's sum without error); the second loses but digits of its result.
-// Minus infinity stays it.
-template <typename A>
-inline Vector<A> difference(Vector<A> p, Vector<A> c, Vector<A> q, Vector<A> low) {
-  const Vector<A> first = p - c, sum = first + q;
-  if constexpr (sizeof(A) == 8) return sum;
-  const Vector<A> minus_c = first - p, loss = (p - (first - minus_c)) - (c + minus_c);
-  return sum > broadcast(-static_cast<A>(__builtin_inf())) ? sum + (loss + low) : sum;
-}
 
 // ---- the iteration ----
 
@@ -503,13 +455,13 @@ template <typename A, PointCost kCost>
 void solve_points(const SinkhornArgs& args) {
   switch (args.dimension) {
     case 1:
-      return solve_all<PointsCost<A, kCost, 1>>(args);
+      return solve_all<OwnPointsCost<A, kCost, 1>>(args);
     case 2:
-      return solve_all<PointsCost<A, kCost, 2>>(args);
+      return solve_all<OwnPointsCost<A, kCost, 2>>(args);
     case 3:
-      return solve_all<PointsCost<A, kCost, 3>>(args);
+      return solve_all<OwnPointsCost<A, kCost, 3>>(args);
     default:
-      return solve_all<PointsCost<A, kCost, 0>>(args);
+      return solve_all<OwnPointsCost<A, kCost, 0>>(args);
   }
 }
 
