@@ -114,4 +114,16 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
   library.def(
       "sinkhorn_adjoint(Tensor plan, Tensor row_factors, Tensor column_factors, Tensor row_kappas, Tensor "
       "column_kappas, Tensor rows, Tensor columns, bool transposed) -> (Tensor rows, Tensor columns)");
+  // The same between points: pyreg/ops/_point_potentials.py.
+  library.def(
+      "sinkhorn_points_potentials(Tensor x, Tensor y, int point_cost, bool is_streaming, Tensor a, Tensor b, Tensor? "
+      "rho_a, Tensor? rho_b, Tensor epsilon, Tensor first_epsilon, float epsilon_factor, bool is_counting, int "
+      "max_iter, float tol, Tensor initial) -> (Tensor f, Tensor g, Tensor error, Tensor iterations)");
+  library.def(
+      "sinkhorn_points_value(Tensor x, Tensor y, Tensor a, Tensor b, Tensor f, Tensor g, Tensor? rho_a, Tensor? rho_b, "
+      "Tensor epsilon, int point_cost, bool is_counting) -> Tensor");
+  library.def(
+      "sinkhorn_points_adjoint(Tensor x, Tensor y, Tensor row_potentials, Tensor column_potentials, Tensor epsilon, "
+      "Tensor row_factors, Tensor column_factors, Tensor row_kappas, Tensor column_kappas, Tensor rows, Tensor columns, "
+      "int point_cost, bool transposed) -> (Tensor rows, Tensor columns)");
 }

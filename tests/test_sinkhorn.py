@@ -18,8 +18,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.library import opcheck
 
+from bench import memory
 from pyreg.functional import sinkhorn, sinkhorn_points
-from pyreg.ops import _adjoint, _log_domain, _potentials, _transport
+from pyreg.ops import _adjoint, _log_domain, _memory, _point_plan, _point_potentials, _potentials, _streaming
 from pyreg.reference import sinkhorn as reference
 from pyreg.transport import ConvergenceWarning, Transport
 from tests.oracle import relative_error
@@ -369,16 +370,98 @@ def test_weights_penalties_and_epsilon_of_all_problems() -> None:
         torch.testing.assert_close(batch.value[i], alone.value, rtol=1e-7, atol=0)  # float32's 0.2 and 0.4
 
 
-@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
-def test_points_equal_dense(device: torch.device, cost: str) -> None:
-    x, y = torch.randn(2, 6, 3, dtype=DOUBLE), torch.randn(2, 8, 3, dtype=DOUBLE)
-    y[0, 1] = x[0, 2]
-    expected = sinkhorn(reference.pairwise_cost(x, y, cost), epsilon=0.3, **CONVERGED)
-    transport = sinkhorn_points(x.to(device), y.to(device), cost=cost, epsilon=0.3, **CONVERGED)
-    for what in ("value", "f", "g"):
+COSTS = ["sqeuclidean", "euclidean", "cosine"]
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 3, 9])
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("cost", COSTS)
+def test_points_equal_dense(device: torch.device, cost: str, streaming: bool, dimension: int) -> None:
+    x, y = torch.randn(2, 6, dimension, dtype=DOUBLE), torch.randn(2, 8, dimension, dtype=DOUBLE)
+    y[0, 1], x[1, 3] = x[0, 2], 0
+    a, b = weights_of(2, 6), weights_of(2, 8)
+    a[0, 2] = b[1, :2] = 0
+    a, b = a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True)
+    options = {"relative_epsilon": 0.3, "epsilon_scaling": 0.5, "rho_b": torch.rand(8, dtype=DOUBLE) + 0.5, **CONVERGED}
+    expected = sinkhorn(reference.pairwise_cost(x, y, cost), a, b, **options)
+    options["rho_b"] = options["rho_b"].to(device)
+    on_device = [tensor.to(device) for tensor in (x, y, a, b)]
+    transport = sinkhorn_points(*on_device, cost=cost, streaming=streaming, **options)
+    for what in ("value", "f", "g", "epsilon", "n_iter"):
         torch.testing.assert_close(getattr(transport, what).cpu(), getattr(expected, what), **EXACT)
+    torch.testing.assert_close(transport.plan().cpu(), expected.plan(), **EXACT)
     torch.testing.assert_close(transport.barycentric_map().cpu(), expected.barycentric_map(y), **EXACT)
     torch.testing.assert_close(transport.transport_cost().cpu(), expected.transport_cost(), **EXACT)
+    for actual, truth in zip(transport.marginals, expected.marginals, strict=True):
+        torch.testing.assert_close(actual.cpu(), truth, **EXACT)
+    z, w = torch.randn(2, 8, 4, dtype=DOUBLE), torch.randn(2, 6, dtype=DOUBLE)
+    torch.testing.assert_close(transport.apply(z.to(device)).cpu(), expected.apply(z), **EXACT)
+    torch.testing.assert_close(transport.apply_transpose(w.to(device)).cpu(), expected.apply_transpose(w), **EXACT)
+
+
+def test_points_in_several_panels() -> None:
+    """Of rows and of threads; one problem after another."""
+    x, y = torch.rand(2, 1100, 2, dtype=DOUBLE), torch.rand(2, 1300, 2, dtype=DOUBLE)
+    cost = reference.pairwise_cost(x, y, "euclidean")
+    expected = sinkhorn(cost, epsilon=0.2, tol=1e-9)
+    leaves = [points.clone().requires_grad_() for points in (x, y)]
+    transport = sinkhorn_points(*leaves, cost="euclidean", epsilon=0.2, tol=1e-9)
+    torch.testing.assert_close(transport.apply(y).detach(), expected.plan() @ y, **EXACT)
+    torch.testing.assert_close(transport.apply_transpose(x).detach(), expected.plan().mT @ x, **EXACT)
+    pull = torch.where(cost > 0, expected.plan() / cost, 0)
+    by_x = pull.sum(2, keepdim=True) * x - pull @ y
+    by_y = pull.sum(1).unsqueeze(2) * y - pull.mT @ x
+    for actual, truth in zip(torch.autograd.grad(transport.value.sum(), leaves), (by_x, by_y), strict=True):
+        torch.testing.assert_close(actual, truth, **EXACT)
+
+
+@pytest.mark.parametrize("code", range(3))
+def test_kernel_of_the_plan_is_that_of_plain_operators(code: int) -> None:
+    """``pyreg::point_plan`` where it has no kernel; float32 to 20 roundings of a sum."""
+    for n, m, d, k in itertools.product((1, 7), (3, 70), (1, 2, 3, 8), (1, 3)):
+        x, y = torch.randn(2, n, d, dtype=DOUBLE), torch.randn(2, m, d, dtype=DOUBLE)
+        x[:, 0] = y[:, 1]
+        f, g = torch.randn(2, n, dtype=DOUBLE), torch.randn(2, m, dtype=DOUBLE)
+        g[0, 2] = -INF
+        u, z = torch.randn(2, n, k, dtype=DOUBLE), torch.randn(2, m, k, dtype=DOUBLE)
+        epsilon = torch.tensor([0.5, 0.8], dtype=DOUBLE)
+        for flags in (
+            (False, True, True, True, True),
+            (False, False, False, True, True),
+            (True, True, True, False, False),
+        ):
+            expected = _point_plan._plain(x, y, f, g, epsilon, u, z, code, *flags)
+            for actual, truth in zip(
+                torch.ops.pyreg.point_plan(x, y, f, g, epsilon, u, z, code, *flags), expected, strict=True
+            ):
+                torch.testing.assert_close(actual, truth, **EXACT)
+            single = torch.ops.pyreg.point_plan(x.float(), y.float(), f, g, epsilon, u.float(), z.float(), code, *flags)
+            for actual, truth in zip(single, expected, strict=True):
+                assert (actual - truth).norm() <= 20 * 2**-24 * max(truth.norm().item(), 1)
+
+
+def test_exponents_beyond_all_numbers() -> None:
+    """As between two weights of 0: large, but a number."""
+    x, f = torch.zeros(1, 2, 1), torch.tensor([[0.0, 1e4]], dtype=DOUBLE)
+    ones, epsilon = torch.ones(1, 2, 1), torch.ones(1, dtype=DOUBLE)
+    rows, *_ = torch.ops.pyreg.point_plan(x, x, f, f, epsilon, ones, ones, 0, False, True, False, False, False)
+    assert rows.isfinite().all()
+    assert rows.min() > 1e30
+
+
+def test_memory_of_points() -> None:
+    """K alone would take 144 MB; value and gradients of everything that streams."""
+    x, y = torch.rand(6000, 3, requires_grad=True), torch.rand(6000, 3, requires_grad=True)
+
+    def call() -> None:
+        transport = sinkhorn_points(x, y, epsilon=0.5, tol=1e-2, max_iter=20)
+        loss = transport.value + transport.barycentric_map().square().sum() * 1e-3 + transport.transport_cost()
+        loss.backward()
+
+    call()
+    if not memory._reset_peak_resident():
+        pytest.skip("the peak of resident memory cannot be reset")
+    assert memory._resident(call) <= 48 << 20
 
 
 @pytest.mark.parametrize("scaling", [None, 0.5])
@@ -564,16 +647,74 @@ def test_first_and_second_order(what: str, kind: str, name: str) -> None:
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
-def test_first_and_second_order_of_points(cost: str) -> None:
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize(("kind", "name"), [("balanced", "product"), ("an entry each", "counting")])
+@pytest.mark.parametrize("cost", COSTS)
+def test_first_and_second_order_of_points(
+    monkeypatch: pytest.MonkeyPatch, cost: str, kind: str, name: str, held: bool
+) -> None:
+    """With the plan held, and never held, for the implicit derivatives."""
+    if not held:
+        monkeypatch.setattr(_point_potentials, "_MOST_HELD", 0)
+        monkeypatch.setattr(_streaming, "_ENTRIES", 8)  # two rows
     x, y = (torch.randn(k, 2, dtype=DOUBLE, requires_grad=True) for k in (3, 4))
+    log_a, log_b = (torch.randn(k, dtype=DOUBLE, requires_grad=True) for k in (3, 4))
+    rhos = penalties(kind, 3, 4)
 
-    def function(x: Tensor, y: Tensor) -> Tensor:
-        transport = sinkhorn_points(x, y, cost=cost, epsilon=0.5, rho_b=0.8, **CONVERGED)
-        return torch.stack([transport.value, transport.barycentric_map().square().sum()])
+    def function(x: Tensor, y: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+        a, b = 1.3 * log_a.softmax(0), 1.3 * log_b.softmax(0)
+        transport = sinkhorn_points(x, y, a, b, cost=cost, epsilon=0.5, **rhos, reference=name, tol=1e-15, max_iter=300)
+        rest = (transport.f.cos(), transport.barycentric_map(), transport.apply_transpose(x), *transport.marginals)
+        numbers = torch.cat([part.flatten() for part in rest])
+        weights = torch.arange(len(numbers), dtype=DOUBLE).cos()
+        return torch.stack([transport.value, numbers.dot(weights) + transport.transport_cost()])
 
-    assert torch.autograd.gradcheck(function, (x, y))
-    assert torch.autograd.gradgradcheck(function, (x, y))
+    inputs = (x, y, log_a, log_b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 1e-15 is below rounding
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("code", range(3))
+@pytest.mark.parametrize("asked", ["rows", "columns", "by_x", "by_y", "everything", "times_cost"])
+def test_first_and_second_order_of_a_pass_over_the_plan(asked: str, code: int) -> None:
+    names = ["rows", "columns", "by_x", "by_y"] if asked == "everything" else ["rows", asked]
+    x, y = torch.randn(2, 3, 2, dtype=DOUBLE), torch.randn(2, 2, 2, dtype=DOUBLE)
+    f, g = torch.randn(2, 3, dtype=DOUBLE), torch.randn(2, 2, dtype=DOUBLE)
+    u, z = torch.randn(2, 3, 2, dtype=DOUBLE), torch.randn(2, 2, 2, dtype=DOUBLE)
+    inputs = [tensor.requires_grad_() for tensor in (x, y, f, g, u, z)]
+    epsilon = torch.tensor([0.5, 0.8], dtype=DOUBLE)
+
+    def function(x: Tensor, y: Tensor, f: Tensor, g: Tensor, u: Tensor, z: Tensor) -> Tensor:
+        asked_for = dict.fromkeys(names, True)
+        parts = _point_plan.point_plan((x, y), (f, g), epsilon, code, u, z, **asked_for)
+        flat = torch.cat([part.flatten() for part in parts])
+        return flat.dot(torch.arange(len(flat), dtype=DOUBLE).cos())
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_gradients_of_points_are_those_of_their_costs(monkeypatch: pytest.MonkeyPatch, held: bool) -> None:
+    """By autograd through the dense operators, in float32, whose float64 truth has both."""
+    if not held:
+        monkeypatch.setattr(_point_potentials, "_MOST_HELD", 0)
+    x, y = torch.randn(20, 3), torch.randn(30, 3)
+
+    def between_points(x: Tensor, y: Tensor) -> Tensor:
+        transport = sinkhorn_points(x, y, epsilon=0.5, tol=1e-6, max_iter=5000)
+        return transport.value + transport.barycentric_map().square().sum() + transport.g.square().sum()
+
+    def dense(x: Tensor, y: Tensor) -> Tensor:
+        transport = sinkhorn(reference.pairwise_cost(x, y, "sqeuclidean"), epsilon=0.5, tol=1e-12, max_iter=5000)
+        return transport.value + transport.barycentric_map(y).square().sum() + transport.g.square().sum()
+
+    expected = gradients(dense, x.double(), y.double())
+    for actual, truth in zip(gradients(between_points, x, y), expected, strict=True):
+        assert actual.dtype == torch.float32
+        assert relative_error(actual, truth) <= 1e-4  # 100 times the tolerance, as of dense costs
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -836,6 +977,27 @@ def test_opcheck() -> None:
         opcheck(torch.ops.pyreg.sinkhorn_adjoint.default, arguments)
 
 
+def test_opcheck_points() -> None:
+    x, y = (torch.randn(2, k, 3, dtype=DOUBLE, requires_grad=True) for k in (5, 7))
+    _, a, b = (tensor.requires_grad_() for tensor in problem(2))
+    f, g = (torch.randn(2, k, dtype=DOUBLE, requires_grad=True) for k in (5, 7))
+    rho, epsilon = torch.rand(2, 7, dtype=DOUBLE) + 0.5, torch.tensor([0.2, 0.3], dtype=DOUBLE)
+    rest = (None, rho, epsilon, epsilon, 0.5, True, 100, 1e-12, torch.zeros(2, 7, dtype=DOUBLE))
+    points, weights = (x.detach(), y.detach()), (a.detach(), b.detach())
+    logarithms = tuple(each.log() for each in weights)
+    opcheck(torch.ops.pyreg.sinkhorn_points.default, (*points, 1, True, *weights, *logarithms, *rest))
+    opcheck(torch.ops.pyreg.sinkhorn_points_potentials.default, (x, y, 1, False, a, b, *rest))
+    arguments = (x, y, a, b, f.detach(), g.detach(), None, rho, epsilon, 0, True)
+    opcheck(torch.ops.pyreg.sinkhorn_points_value.default, arguments)
+    u, z = (torch.randn(2, k, 2, dtype=DOUBLE, requires_grad=True) for k in (5, 7))
+    flags = (2, False, True, True, True, True)
+    opcheck(torch.ops.pyreg.point_plan.default, (x, y, f, g, epsilon, u, z, *flags))
+    ones = torch.ones(2, 7, dtype=DOUBLE)
+    factors = ones[:, :5].clone(), ones, 0.7 * ones[:, :5], 0.8 * ones
+    arguments = (x, y, f.detach(), g.detach(), epsilon, *factors, f, g, 0, False)
+    opcheck(torch.ops.pyreg.sinkhorn_points_adjoint.default, arguments)
+
+
 def loss_of_everything(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
     transport = sinkhorn(cost, a, b, epsilon=0.2, rho_b=0.5, **CONVERGED)
     return transport.value.sum() + all_results(transport, torch.ones(*b.shape, 2, dtype=DOUBLE)).sum()
@@ -846,6 +1008,30 @@ def test_compile() -> None:
     compiled = torch.compile(loss_of_everything, fullgraph=True, backend="aot_eager")
     for actual, expected in zip(gradients(compiled, *inputs), gradients(loss_of_everything, *inputs), strict=True):
         torch.testing.assert_close(actual, expected, **EXACT)
+
+
+def loss_of_points(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    transport = sinkhorn_points(x, y, a, b, cost="euclidean", epsilon=0.2, rho_b=0.5, **CONVERGED)
+    rest = (transport.value, transport.f, transport.barycentric_map(), *transport.marginals, transport.transport_cost())
+    return sum(part.square().sum() for part in rest)
+
+
+def test_compile_points() -> None:
+    inputs = torch.randn(2, 5, 2, dtype=DOUBLE), torch.randn(2, 7, 2, dtype=DOUBLE), *problem(2)[1:]
+    compiled = torch.compile(loss_of_points, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(gradients(compiled, *inputs), gradients(loss_of_points, *inputs), strict=True):
+        torch.testing.assert_close(actual, expected, **EXACT)
+
+
+def test_torch_func_of_points() -> None:
+    inputs = torch.randn(2, 5, 2, dtype=DOUBLE), torch.randn(2, 7, 2, dtype=DOUBLE), *problem(2)[1:]
+    expected, every = gradients(loss_of_points, *inputs), (0, 1, 2, 3)
+    for actual, truth in zip(torch.func.grad(loss_of_points, argnums=every)(*inputs), expected, strict=True):
+        torch.testing.assert_close(actual, truth, **EXACT)
+    alone = [gradients(loss_of_points, *(tensor[i] for tensor in inputs)) for i in range(2)]
+    mapped = torch.func.vmap(torch.func.grad(loss_of_points, argnums=every))(*inputs)
+    for actual, *ones in zip(mapped, *alone, strict=True):
+        torch.testing.assert_close(actual, torch.stack(ones), **EXACT)
 
 
 def test_torch_func() -> None:
@@ -876,18 +1062,20 @@ def test_autocast_changes_nothing() -> None:
 
 def test_plan_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     transport = sinkhorn(*problem(), epsilon=0.2)
-    monkeypatch.setattr(_transport, "available_bytes", lambda device: 5 * 7 * 8 - 1)
+    between_points = sinkhorn_points(torch.rand(5, 2), torch.rand(9, 2), epsilon=0.2)
+    monkeypatch.setattr(_memory, "available_bytes", lambda device: 5 * 7 * 8 - 1)
     with pytest.raises(ValueError, match=r"sinkhorn: plan\(\) of shape \[1, 5, 7\] takes 0.0 GiB.*use apply"):
         transport.plan()
-    x = torch.rand(5, 2, dtype=DOUBLE)
-    with pytest.raises(ValueError, match=r"sinkhorn_points: the cost between all points of shape \[1, 5, 9\] takes"):
-        sinkhorn_points(x, torch.rand(9, 2, dtype=DOUBLE), epsilon=0.2)
-    monkeypatch.setattr(_transport, "available_bytes", lambda device: None)
+    monkeypatch.setattr(_memory, "available_bytes", lambda device: 5 * 9 * 4 - 1)
+    with pytest.raises(ValueError, match=r"sinkhorn_points: plan\(\) of shape \[1, 5, 9\] takes"):
+        between_points.plan()
+    assert between_points.apply(torch.ones(9)).shape == (5,)
+    monkeypatch.setattr(_memory, "available_bytes", lambda device: None)
     assert transport.plan().shape == (5, 7)
 
 
 def test_available_memory_is_known() -> None:
-    assert _transport.available_bytes(torch.device("cpu")) > 1 << 20
+    assert _memory.available_bytes(torch.device("cpu")) > 1 << 20
 
 
 def test_repr() -> None:
@@ -1035,6 +1223,40 @@ X, Y = torch.zeros(3, 2), torch.ones(4, 2)
 def test_bad_points(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=f"^sinkhorn_points: .*{text}"):
         sinkhorn_points(*arguments, **{"epsilon": 0.1, **options})
+
+
+def test_points_too_far_apart() -> None:
+    far = torch.tensor([[0.0], [1e20]])
+    text = (
+        "sinkhorn_points: expected points whose squared distances are numbers of torch.float32, got some 1e\\+20 apart"
+    )
+    with pytest.raises(ValueError, match=text):
+        sinkhorn_points(far, far, epsilon=0.1)
+    assert sinkhorn_points(far.double(), far.double(), epsilon=1e40).converged
+
+
+def test_streaming_is_a_choice() -> None:
+    with pytest.raises(TypeError, match="sinkhorn_points: expected streaming to be True, False or None, got 1"):
+        sinkhorn_points(X, Y, epsilon=0.1, streaming=1)
+
+
+def test_pass_over_the_plan_refuses_what_would_read_beyond() -> None:
+    x, y = torch.randn(2, 5, 3, dtype=DOUBLE), torch.randn(2, 7, 3, dtype=DOUBLE)
+    u, z, epsilon = x[..., :2].contiguous(), y[..., :2].contiguous(), torch.ones(2, dtype=DOUBLE)
+    good = [x, y, x[..., 0].contiguous(), y[..., 0].contiguous(), epsilon, u, z, 0, False, True, True, True, True]
+    torch.ops.pyreg.point_plan(*good)
+    for position, bad, text in (
+        (1, y[..., :2], "expected points x"),
+        (2, good[2][:, :3], "potentials"),
+        (3, good[3][:1], "potentials"),
+        (4, epsilon[:1], "epsilon"),
+        (5, u[:, :3], "expected u"),
+        (6, z[..., :1], "expected u"),
+        (6, z.float(), "of the dtype and device of x"),
+        (7, 3, "point_cost to be 0, 1 or 2"),
+    ):
+        with pytest.raises(ValueError, match=f"pyreg::point_plan: .*{text}"):
+            torch.ops.pyreg.point_plan(*good[:position], bad, *good[position + 1 :])
 
 
 def test_operators_refuse_what_would_read_beyond() -> None:

@@ -5,15 +5,16 @@ r"""The linear equations of Sinkhorn's implicit derivatives, as an operator with
     r_i / kappa_i p_i + A_i sum_j E_ij q_j = u_i        r = E B 1
     B_j sum_i E_ij p_i + c_j / lambda_j q_j = v_j       c = E^T A 1
 
-of a batch, ``E [B, n, m]``, factors A, B of 1 or 0, and the matrix transposed where asked for. Unknowns of factor 0
-follow from the others, or before them; the others' matrix ``[r / kappa, P; P^T, c / lambda]`` is symmetric and
-positive, but for a constant ``(p + t, q - t)`` that is free where no marginal has a penalty. Right sides that gradients
-lead to have solutions there too; the one that is taken has no part along the constant in the scaled form below.
+of a batch, ``E [B, n, m]``, held or not, factors A, B of 1 or 0, and the matrix transposed where asked for. Unknowns
+of factor 0 follow from the others, or before them; the others' matrix ``[r / kappa, P; P^T, c / lambda]`` is symmetric
+and positive, but for a constant ``(p + t, q - t)`` that is free where no marginal has a penalty. Right sides that
+gradients lead to have solutions there too; the one that is taken has no part along the constant in the scaled form
+below.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +29,42 @@ _MOST_ITERATIONS = 2000
 _BETWEEN_CHECKS = 20  # each of which waits for a GPU
 
 
-def _solve(
-    plan: Tensor,
+class Matrix(Protocol):
+    """E ``[B, n, m]``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def mT(self) -> Matrix: ...
+
+    def times(self, vector: Tensor) -> Tensor: ...
+
+    def scaled(self, rows: Tensor, columns: Tensor) -> Matrix:
+        """``rows_i E_ij columns_j``."""
+        ...
+
+
+class Held(NamedTuple):
+    plan: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.plan.shape
+
+    @property
+    def mT(self) -> Held:
+        return Held(self.plan.mT)
+
+    def times(self, vector: Tensor) -> Tensor:
+        return _times(self.plan, vector)
+
+    def scaled(self, rows: Tensor, columns: Tensor) -> Held:
+        return Held(self.plan * rows.unsqueeze(2) * columns.unsqueeze(1))
+
+
+def solve_with(
+    matrix: Matrix,
     row_factors: Tensor,
     column_factors: Tensor,
     row_kappas: Tensor,
@@ -38,21 +73,21 @@ def _solve(
     columns: Tensor,
     transposed: bool,
 ) -> tuple[Tensor, Tensor]:
-    by_row = _inverse(_times(plan, column_factors) / row_kappas)
-    by_column = _inverse(_times(plan.mT, row_factors) / column_kappas)
+    by_row = _inverse(matrix.times(column_factors) / row_kappas)
+    by_column = _inverse(matrix.mT.times(row_factors) / column_kappas)
     has_row, has_column = row_factors > 0, column_factors > 0
     is_free = ((row_kappas == 1) | ~has_row).all(1) & ((column_kappas == 1) | ~has_column).all(1)
     by_active_row, by_active_column = by_row * has_row, by_column * has_column
     if transposed:
-        p, q = _solve_positive(plan, by_active_row, by_active_column, is_free, rows, columns)
-        p_rest = by_row * (rows - _times(plan, q))
-        q_rest = by_column * (columns - _times(plan.mT, p))
+        p, q = _solve_positive(matrix, by_active_row, by_active_column, is_free, rows, columns)
+        p_rest = by_row * (rows - matrix.times(q))
+        q_rest = by_column * (columns - matrix.mT.times(p))
     else:
         p_rest, q_rest = by_row * rows, by_column * columns
-        from_rows = _times(plan.mT, torch.where(has_row, 0, p_rest))
-        from_columns = _times(plan, torch.where(has_column, 0, q_rest))
+        from_rows = matrix.mT.times(torch.where(has_row, 0, p_rest))
+        from_columns = matrix.times(torch.where(has_column, 0, q_rest))
         active = rows - from_columns, columns - from_rows
-        p, q = _solve_positive(plan, by_active_row, by_active_column, is_free, *active)
+        p, q = _solve_positive(matrix, by_active_row, by_active_column, is_free, *active)
     return torch.where(has_row, p, p_rest), torch.where(has_column, q, q_rest)
 
 
@@ -66,7 +101,7 @@ def _inverse(x: Tensor) -> Tensor:
 
 
 def _solve_positive(
-    plan: Tensor, by_row: Tensor, by_column: Tensor, is_free: Tensor, rows: Tensor, columns: Tensor
+    matrix: Matrix, by_row: Tensor, by_column: Tensor, is_free: Tensor, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Where both factors are 1; 0 elsewhere. The longer side is eliminated, the shorter scaled to a unit diagonal:
 
@@ -74,37 +109,40 @@ def _solve_positive(
 
     by_row and by_column are 1 / s^2 and 1 / t^2. The constant, y = s, is taken out where it is free.
     """
-    if plan.shape[1] > plan.shape[2]:
-        q, p = _solve_positive(plan.mT, by_column, by_row, is_free, columns, rows)
+    if matrix.shape[1] > matrix.shape[2]:
+        q, p = _solve_positive(matrix.mT, by_column, by_row, is_free, columns, rows)
         return p, q
     by_s, by_t = by_row.sqrt(), by_column.sqrt()
     constant = _inverse(by_s) * is_free.unsqueeze(1)
     constant = constant * _inverse(torch.linalg.vector_norm(constant, dim=1, keepdim=True))
-    kernel = plan * by_s.unsqueeze(2) * by_t.unsqueeze(1)
-    right = by_s * rows - _times(kernel, by_t * columns)
+    kernel = matrix.scaled(by_s, by_t)
+    right = by_s * rows - kernel.times(by_t * columns)
     right = right - constant * (constant * right).sum(1, keepdim=True)
-    y = _direct(kernel, right) if kernel.shape[1] <= _MOST_DIRECT else _conjugate_gradients(kernel, right)
+    if isinstance(kernel, Held) and kernel.shape[1] <= _MOST_DIRECT:
+        y = _direct(kernel, right)
+    else:
+        y = _conjugate_gradients(kernel, right)
     y = y - constant * (constant * y).sum(1, keepdim=True)
-    z = by_t * columns - _times(kernel.mT, y)
+    z = by_t * columns - kernel.mT.times(y)
     return by_s * y, by_t * z
 
 
-def _apply(kernel: Tensor, y: Tensor) -> Tensor:
-    return y - _times(kernel, _times(kernel.mT, y))
+def _apply(kernel: Matrix, y: Tensor) -> Tensor:
+    return y - kernel.times(kernel.mT.times(y))
 
 
-def _direct(kernel: Tensor, right: Tensor) -> Tensor:
+def _direct(kernel: Held, right: Tensor) -> Tensor:
     """By Cholesky's factors of the matrix and a little of the identity, for it may be singular, which a second step
     on the residual makes up for."""
     count = kernel.shape[1]
-    ridge = 8 * count * torch.finfo(kernel.dtype).eps
-    identity = torch.eye(count, dtype=kernel.dtype, device=kernel.device)
-    factor = torch.linalg.cholesky_ex((1 + ridge) * identity - kernel @ kernel.mT).L
+    ridge = 8 * count * torch.finfo(right.dtype).eps
+    identity = torch.eye(count, dtype=right.dtype, device=right.device)
+    factor = torch.linalg.cholesky_ex((1 + ridge) * identity - kernel.plan @ kernel.plan.mT).L
     y = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
     return y + torch.cholesky_solve((right - _apply(kernel, y)).unsqueeze(2), factor).squeeze(2)
 
 
-def _conjugate_gradients(kernel: Tensor, right: Tensor) -> Tensor:
+def _conjugate_gradients(kernel: Matrix, right: Tensor) -> Tensor:
     y, residual, direction = torch.zeros_like(right), right, right
     squares = residual.square().sum(1, keepdim=True)
     goal = _TOLERANCE**2 * squares
@@ -131,6 +169,10 @@ def _conjugate_gradients(kernel: Tensor, right: Tensor) -> Tensor:
 
 
 # ---- the operator ----
+
+
+def _solve(plan: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return solve_with(Held(plan), *arguments)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyreg.ops import _library, _pairs
+from pyreg.ops import _checks, _library, _pairs
 from pyreg.ops._ranks import Ranks, refuse_create_graph
 from pyreg.ops.scale_rows import scale_rows_
 
@@ -45,23 +44,8 @@ def feature_rows(operator: str, name: str, features: Tensor) -> Tensor:
     return (features if features.dim() == 2 else features.flatten(1)).contiguous()
 
 
-def check_number(operator: str, name: str, value: float, low: float, or_equal: bool) -> float:
-    """A finite number above ``low``."""
-    if isinstance(value, Tensor):
-        check_constant(operator, name, value)
-    try:
-        fits = (low <= value if or_equal else low < value) and value < math.inf
-    except TypeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{operator}: expected {name} to be a finite number {'>=' if or_equal else '>'} {low:g}, got {value!r}"
-        )
-    return float(value)
-
-
 def check_temperature(operator: str, temperature: float) -> float:
-    return check_number(operator, "temperature", temperature, 0, or_equal=False)
+    return _checks.check_number(operator, "temperature", temperature, 0, or_equal=False)
 
 
 def check_beside(operator: str, name: str, tensor: Tensor, features: Tensor) -> None:
@@ -94,34 +78,9 @@ def integer_rows(operator: str, name: str, labels: Tensor, count: int, symbol: s
     return labels.long().contiguous()
 
 
-def check_constant(operator: str, name: str, tensor: Tensor) -> None:
-    """An error for an argument that has no gradient but seems to be trained."""
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{operator}: {name} has no gradient; pass {name}.detach()")
-
-
 def name_of(codes: dict[Any, int], code: int) -> Any:
     """The option for which the schema has this integer."""
     return next(name for name, value in codes.items() if value == code)
-
-
-def reads_values(tensor: Tensor) -> bool:
-    """Whether values are checked: those of the CPU always, others where ``PYREG_CHECKS=1`` asks for it. Not while
-    tracing, nor inside of ``torch.func``, where a tensor may stand for many."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta:
-        return False
-    return tensor.is_cpu or _library.checks_values()
-
-
-def check_finite(operator: str, name: str, tensor: Tensor) -> None:
-    # The sum of finite numbers is finite but for an overflow: one cheap pass.
-    if math.isfinite(tensor.sum().item()):
-        return
-    wrong = tensor[~tensor.isfinite()]
-    if wrong.numel() > 0:
-        raise ValueError(f"{operator}: expected finite numbers in {name}, got {wrong[0].item()}")
 
 
 def loss_dtype(features: Tensor) -> torch.dtype:

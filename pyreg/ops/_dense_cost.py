@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyreg.ops import _contrastive, _potentials
+from pyreg.ops import _checks, _potentials
 from pyreg.ops._potentials import Side
 
 
@@ -42,7 +42,7 @@ class DenseCost:
         """Errors for costs under which there is no plan; where values may be read."""
         cost = self.tensor.detach()
         # The sum of finite numbers is finite but for an overflow: one cheap pass.
-        if not _contrastive.reads_values(cost) or math.isfinite(cost.sum().item()):
+        if not _checks.reads_values(cost) or math.isfinite(cost.sum().item()):
             return
         wrong = cost[~(cost > -torch.inf)]
         if wrong.numel() > 0:

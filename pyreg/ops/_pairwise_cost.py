@@ -16,13 +16,31 @@ def pairwise_cost(x: Tensor, y: Tensor, cost: str) -> Tensor:
     """``[B, n, m]`` of ``x [B, n, d]`` and ``y [B, m, d]``: ``|x - y|^2``, ``|x - y|`` or ``1 - x.y / (|x| |y|)``,
     1 for a point at 0."""
     if cost == "cosine":
+        x, y = units(x), units(y)
+    return cost_of_computed(x, y, COSTS.index(cost))
+
+
+def cost_of_computed(x: Tensor, y: Tensor, code: int) -> Tensor:
+    """The same, by the cost's place in COSTS; points of cosines have length 1."""
+    if COSTS[code] == "cosine":
         with _library.no_autocast(x):
-            return 1 - _units(x) @ _units(y).mT
-    function = _SquaredDistances if cost == "sqeuclidean" else _Distances
+            return 1 - x @ y.mT
+    function = _SquaredDistances if COSTS[code] == "sqeuclidean" else _Distances
     return function.apply(x, y)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _units(x: Tensor) -> Tensor:
+def pull(weights: Tensor, x: Tensor, y: Tensor, costs: Tensor, code: int) -> tuple[Tensor, Tensor]:
+    """``sum_j w_ij dC_ij / dx_i`` and ``sum_i w_ij dC_ij / dy_j``; 0 at x = y for distances, where there is none."""
+    if COSTS[code] == "cosine":
+        with _library.no_autocast(x):
+            return -(weights @ y), -(weights.mT @ x)
+    if COSTS[code] == "sqeuclidean":
+        return _pull(2 * weights, x, y)
+    apart = costs > 0
+    return _pull(torch.where(apart, weights / torch.where(apart, costs, 1), 0), x, y)
+
+
+def units(x: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(length > 0, length, 1)
 
@@ -70,7 +88,5 @@ class _Distances(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """At x = y, where there is none, it is 0."""
         x, y, distances = ctx.saved_tensors
-        apart = distances > 0
-        return _pull(torch.where(apart, gradient / torch.where(apart, distances, 1), 0), x, y)
+        return pull(gradient, x, y, distances, COSTS.index("euclidean"))

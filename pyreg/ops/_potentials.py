@@ -79,6 +79,11 @@ class Side(NamedTuple):
         return (self.potentials / self.kappa).masked_fill(self.potentials == torch.inf, -torch.inf)
 
     @property
+    def bare(self) -> Tensor:
+        """The potentials without the weights, where they hold ``eps log w``."""
+        return self.potentials - self.epsilon.unsqueeze(1) * _or_one(self.powers).log()
+
+    @property
     def masked(self) -> Tensor:
         """The same, minus infinity for weights of 0."""
         return self.extended.masked_fill(self.weights == 0, -torch.inf)
@@ -113,6 +118,19 @@ class Side(NamedTuple):
         return (self.weights * values.masked_fill((self.weights == 0) & values.isinf(), 0)).sum(1)
 
 
+def sides(
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    rho_a: Tensor | None,
+    rho_b: Tensor | None,
+    epsilon: Tensor,
+    is_counting: bool,
+) -> tuple[Side, Side]:
+    return Side(f, a, rho_a, epsilon, is_counting), Side(g, b, rho_b, epsilon, is_counting)
+
+
 def _or_one(weights: Tensor) -> Tensor:
     return torch.where(weights > 0, weights, 1)
 
@@ -135,7 +153,7 @@ def plan(cost: Tensor, row: Side, column: Side, dtype: torch.dtype | None = None
 # ---- exp((F + G - C) / eps) ----
 
 # Beyond it E is not taken: it has a larger number only between two weights of 0.
-_LARGEST_EXPONENT = {torch.float64: 600.0, torch.float32: 80.0}
+LARGEST_EXPONENT = {torch.float64: 600.0, torch.float32: 80.0}
 
 # Entries whose exponents are formed in float64 at a time, whose digits the difference needs: few enough to stay in a
 # processor's cache, enough to fill a GPU.
@@ -144,7 +162,7 @@ _CPU_BLOCK, _GPU_BLOCK = 1 << 16, 1 << 24
 
 def _exponential_plan(cost: Tensor, f: Tensor, g: Tensor, epsilon: Tensor, dtype: torch.dtype) -> Tensor:
     result = _library.empty(tuple(cost.shape), dtype, cost)
-    largest = _LARGEST_EXPONENT[dtype]
+    largest = LARGEST_EXPONENT[dtype]
     for problems, rows in _blocks(cost):
         exponents = f[problems, rows].unsqueeze(2) - cost[problems, rows]
         exponents += g[problems].unsqueeze(1)
@@ -216,17 +234,14 @@ def _potentials(
         *(max_iter, tol, initial),
     )
     with_a, with_b, error, iterations = found
-    rows, columns = (
-        Side(with_weights, weights, rho, epsilon, is_counting)
-        for with_weights, weights, rho in ((with_a, a, rho_a), (with_b, b, rho_b))
-    )
-    f = _without_weights(cost, rows, with_b)
-    return f, _without_weights(cost.mT, columns, with_a), error, iterations
+    rows, columns = sides(a, b, with_a, with_b, rho_a, rho_b, epsilon, is_counting)
+    f = without_weights(cost, rows, with_b)
+    return f, without_weights(cost.mT, columns, with_a), error, iterations
 
 
-def _without_weights(cost: Tensor, side: Side, others: Tensor) -> Tensor:
+def without_weights(cost: Tensor, side: Side, others: Tensor) -> Tensor:
     """``[B, n]`` from the potentials F with ``eps log w`` that the side has for now, and those of the other side."""
-    result = side.potentials - side.epsilon.unsqueeze(1) * _or_one(side.powers).log()
+    result = side.bare
     fill = _fill_unknown if cost.is_cpu else _fill_unknown_without_waiting
     fill(result, side.potentials == -torch.inf, cost, others, -side.kappa * side.epsilon.unsqueeze(1), side.epsilon)
     return result
@@ -266,10 +281,7 @@ def _potentials_backward(ctx: Any, grad_f: Tensor | None, grad_g: Tensor | None,
     if grad_f is None and grad_g is None:
         return None, None, None, *nothing
     cost, a, b, rho_a, rho_b, epsilon, f, g = ctx.saved_tensors
-    row, column = (
-        Side(potentials, weights, rho, epsilon, ctx.is_counting)
-        for potentials, weights, rho in ((f, a, rho_a), (g, b, rho_b))
-    )
+    row, column = sides(a, b, f, g, rho_a, rho_b, epsilon, ctx.is_counting)
     extended = exponential_plan(cost, row.extended, column.extended, epsilon, torch.float64)
     row_factors, column_factors = row.factors, column.factors
     grad_f, grad_g = (
@@ -284,14 +296,14 @@ def _potentials_backward(ctx: Any, grad_f: Tensor | None, grad_g: Tensor | None,
         grad_cost = (grad_cost * extended).to(cost.dtype)
     if by_a:
         by_factor = -epsilon.unsqueeze(1) * (extended @ q.unsqueeze(2)).squeeze(2)
-        grad_a = by_factor * _derivative_of_factors(row)
+        grad_a = by_factor * derivative_of_factors(row)
     if by_b:
         by_factor = -epsilon.unsqueeze(1) * (extended.mT @ p.unsqueeze(2)).squeeze(2)
-        grad_b = by_factor * _derivative_of_factors(column)
+        grad_b = by_factor * derivative_of_factors(column)
     return grad_cost, grad_a, grad_b, *nothing
 
 
-def _derivative_of_factors(side: Side) -> Tensor:
+def derivative_of_factors(side: Side) -> Tensor:
     """``dA / da``; the w that A divides by is a constant, as in E."""
     powers = side.powers
     scale = 1 / _or_one(powers).detach()
@@ -303,7 +315,7 @@ def _derivative_of_factors(side: Side) -> Tensor:
 
 @_library.fake("sinkhorn")
 @_library.fake("sinkhorn_potentials")
-def _fake_potentials(cost: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def fake_potentials(cost: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, ...]:
     error, iterations = (a.new_empty((a.shape[0],), dtype=dtype) for dtype in (torch.float64, torch.int64))
     return torch.empty_like(a), torch.empty_like(b), error, iterations
 
@@ -319,6 +331,14 @@ potentials = _library.differentiable(
 # ---- value ----
 
 
+def dual_value(row: Side, column: Side) -> Tensor:
+    """The dual, where the columns' potentials are the last to have been brought up to date: their marginal is known."""
+    mass = column.sum(column.kept)
+    if not row.is_counting:
+        mass = mass - row.weights.sum(1) * column.weights.sum(1)
+    return row.sum(row.penalised) + column.sum(column.penalised) - row.epsilon * mass
+
+
 def _value(
     cost: Tensor,
     a: Tensor,
@@ -330,12 +350,7 @@ def _value(
     epsilon: Tensor,
     is_counting: bool,
 ) -> Tensor:
-    """The dual, where the columns' potentials are the last to have been brought up to date: their marginal is known."""
-    row, column = Side(f, a, rho_a, epsilon, is_counting), Side(g, b, rho_b, epsilon, is_counting)
-    mass = column.sum(column.kept)
-    if not is_counting:
-        mass = mass - a.sum(1) * b.sum(1)
-    return row.sum(row.penalised) + column.sum(column.penalised) - epsilon * mass
+    return dual_value(*sides(a, b, f, g, rho_a, rho_b, epsilon, is_counting))
 
 
 def _setup_value(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -347,20 +362,17 @@ def _setup_value(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _value_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """By the envelope theorem potentials count as constants: nothing of the first order flows to them."""
     cost, a, b, f, g, rho_a, rho_b, epsilon = ctx.saved_tensors
-    row, column = (
-        Side(potentials, weights, rho, epsilon, ctx.is_counting)
-        for potentials, weights, rho in ((f, a, rho_a), (g, b, rho_b))
-    )
+    row, column = sides(a, b, f, g, rho_a, rho_b, epsilon, ctx.is_counting)
     by_cost, by_a, by_b, *_ = ctx.needs_input_grad
     grad_cost = None
     if by_cost:
         grad_cost = plan(cost, row, column) * gradient.view(-1, 1, 1).to(cost.dtype)
-    grad_a = gradient.unsqueeze(1) * _by_weight(row, column) if by_a else None
-    grad_b = gradient.unsqueeze(1) * _by_weight(column, row) if by_b else None
+    grad_a = gradient.unsqueeze(1) * by_weight(row, column) if by_a else None
+    grad_b = gradient.unsqueeze(1) * by_weight(column, row) if by_b else None
     return grad_cost, grad_a, grad_b, None, None, None, None, None, None
 
 
-def _by_weight(side: Side, other: Side) -> Tensor:
+def by_weight(side: Side, other: Side) -> Tensor:
     """``phi(f_i)``, and for "product" ``- eps (sum_j P_ij / a_i - sum_j b_j)``."""
     if side.is_counting:
         return side.penalised

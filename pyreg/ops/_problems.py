@@ -26,6 +26,14 @@ class Entries:
     def outside(self, inside: Tensor) -> Tensor:
         return inside.reshape(*self.shape, *inside.shape[2:])
 
+    def is_there(self, inside: Tensor) -> Tensor:
+        """``[B, n]``: whether it is no padding."""
+        return inside.new_ones(inside.shape[:2], dtype=torch.bool)
+
+    def repeated(self, inside: Tensor) -> Tensor:
+        """With the problem's first entry as padding."""
+        return inside
+
     def uniform(self, like: Tensor) -> Tensor:
         """Weights of 1 / n, ``[B, n]``, float64."""
         return like.new_full((math.prod(self.shape[:-1]), self.count), 1 / self.count, dtype=torch.float64)
@@ -43,7 +51,7 @@ class RaggedEntries(Entries):
         self.count = max(self.lengths)
         first, lengths = torch.tensor([offsets[:-1], self.lengths], device=device).unsqueeze(2)
         positions = torch.arange(self.count, device=device)
-        self.is_padding = positions >= lengths  # [B, n]
+        self.is_padding: Tensor = positions >= lengths  # [B, n]
         self._source = torch.where(self.is_padding, 0, first + positions)
         padded = [range(k * self.count, k * self.count + length) for k, length in enumerate(self.lengths)]
         self._target = torch.tensor([position for part in padded for position in part], device=device)
@@ -54,6 +62,12 @@ class RaggedEntries(Entries):
 
     def outside(self, inside: Tensor) -> Tensor:
         return inside.flatten(0, 1)[self._target]
+
+    def is_there(self, inside: Tensor) -> Tensor:
+        return ~self.is_padding
+
+    def repeated(self, inside: Tensor) -> Tensor:
+        return torch.where(self.is_padding.unsqueeze(2), inside[:, :1], inside)
 
     def uniform(self, like: Tensor) -> Tensor:
         lengths = torch.tensor(self.lengths, dtype=torch.float64, device=like.device).unsqueeze(1)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyreg.ops import _contrastive
+from pyreg.ops import _checks
 from pyreg.ops._dense_cost import DenseCost
+from pyreg.ops._point_cost import PointCost
 from pyreg.ops._potentials import Side
 from pyreg.ops._problems import Entries, Problems
 from pyreg.ops._transport import Progress, Transport
@@ -41,7 +42,7 @@ class Options(NamedTuple):
 
 def solve(
     operator: str,
-    cost: DenseCost,
+    cost: DenseCost | PointCost,
     problems: Problems,
     options: Options,
     like: Tensor,
@@ -105,8 +106,8 @@ class _Arguments:
                 f"convert it with {name}.to({dtype})"
             )
         result = self._expanded(name, weights, entries, 0)
-        if _contrastive.reads_values(weights) and weights.numel() > 0:
-            _contrastive.check_finite(self._operator, name, weights)
+        if _checks.reads_values(weights) and weights.numel() > 0:
+            _checks.check_finite(self._operator, name, weights)
             if (least := weights.min().item()) < 0:
                 raise ValueError(f"{self._operator}: expected {name} to be at least 0, got {least}")
             if not bool(result.any(1).all()):
@@ -117,8 +118,8 @@ class _Arguments:
         """``[B, n]``, float64; None where all of it is known to be infinite."""
         if isinstance(rho, Tensor):
             self.check_beside(name, rho)
-            _contrastive.check_constant(self._operator, name, rho)
-            if _contrastive.reads_values(rho) and rho.numel() > 0:
+            _checks.check_constant(self._operator, name, rho)
+            if _checks.reads_values(rho) and rho.numel() > 0:
                 if not bool((rho > 0).all()):
                     wrong = rho[~(rho > 0)].flatten()[0].item()
                     raise ValueError(
@@ -147,7 +148,7 @@ class _Arguments:
         return entries.inside(tensor.double().expand(shape), fill).contiguous()
 
     def epsilon(
-        self, epsilon: Number | None, relative: float | None, cost: DenseCost, shape: tuple[int, ...]
+        self, epsilon: Number | None, relative: float | None, cost: DenseCost | PointCost, shape: tuple[int, ...]
     ) -> Tensor:
         """``[B]``, float64."""
         operator = self._operator
@@ -155,26 +156,26 @@ class _Arguments:
             given = "neither" if epsilon is None else "both"
             raise ValueError(f"{operator}: expected either epsilon or relative_epsilon, got {given}")
         if epsilon is None:
-            factor = _contrastive.check_number(operator, "relative_epsilon", relative, 0, or_equal=False)  # type: ignore[arg-type]
+            factor = _checks.check_number(operator, "relative_epsilon", relative, 0, or_equal=False)  # type: ignore[arg-type]
             means = cost.mean()
-            if _contrastive.reads_values(means) and not bool((means > 0).all()):
+            if _checks.reads_values(means) and not bool((means > 0).all()):
                 raise ValueError(
                     f"{operator}: expected costs with a mean above 0 for relative_epsilon, got "
                     f"{means.min().item():.3g}; give epsilon"
                 )
             return factor * means
         if not isinstance(epsilon, Tensor):
-            epsilon = _contrastive.check_number(operator, "epsilon", epsilon, 0, or_equal=False)
+            epsilon = _checks.check_number(operator, "epsilon", epsilon, 0, or_equal=False)
             return self._like.new_full(shape, epsilon, dtype=torch.float64).reshape(-1)
         self.check_beside("epsilon", epsilon)
-        _contrastive.check_constant(operator, "epsilon", epsilon)
+        _checks.check_constant(operator, "epsilon", epsilon)
         if epsilon.dim() > len(shape) or epsilon.shape != shape[len(shape) - epsilon.dim() :]:
             raise ValueError(
                 f"{operator}: expected epsilon to be a number or of the batch's shape {list(shape)}, got "
                 f"{list(epsilon.shape)}"
             )
-        if _contrastive.reads_values(epsilon) and epsilon.numel() > 0:
-            _contrastive.check_finite(operator, "epsilon", epsilon)
+        if _checks.reads_values(epsilon) and epsilon.numel() > 0:
+            _checks.check_finite(operator, "epsilon", epsilon)
             if (least := epsilon.min().item()) <= 0:
                 raise ValueError(f"{operator}: expected epsilon to be above 0, got {least}")
         return epsilon.detach().double().expand(shape).reshape(-1).contiguous()
@@ -190,7 +191,7 @@ def _check_reference(operator: str, reference: str) -> bool:
 def _check_iterations(operator: str, max_iter: int, tol: float) -> tuple[int, float]:
     if not isinstance(max_iter, int) or max_iter < 1:
         raise ValueError(f"{operator}: expected max_iter to be an integer >= 1, got {max_iter!r}")
-    return max_iter, _contrastive.check_number(operator, "tol", tol, 0, or_equal=True)
+    return max_iter, _checks.check_number(operator, "tol", tol, 0, or_equal=True)
 
 
 def _both_must_hold(a: Tensor, rho_a: Tensor | None, rho_b: Tensor | None) -> Tensor:
@@ -205,7 +206,7 @@ def _both_must_hold(a: Tensor, rho_a: Tensor | None, rho_b: Tensor | None) -> Te
 def _of_equal_mass(operator: str, a: Tensor, b: Tensor, must_hold: Tensor, dtype: torch.dtype) -> Tensor:
     """b, of a's sum where both marginals must hold."""
     masses = a.detach().sum(1), b.detach().sum(1)
-    if _contrastive.reads_values(masses[0]):
+    if _checks.reads_values(masses[0]):
         apart = must_hold & ((masses[0] - masses[1]).abs() > _MASS_TOLERANCE[dtype] * masses[0])
         if bool(apart.any()):
             of_a, of_b = (mass[apart][0].item() for mass in masses)
@@ -216,11 +217,13 @@ def _of_equal_mass(operator: str, a: Tensor, b: Tensor, must_hold: Tensor, dtype
     return b * torch.where(must_hold, masses[0] / masses[1], 1).unsqueeze(1)
 
 
-def _first_epsilon(operator: str, scaling: float | None, cost: DenseCost, epsilon: Tensor) -> tuple[Tensor, float]:
+def _first_epsilon(
+    operator: str, scaling: float | None, cost: DenseCost | PointCost, epsilon: Tensor
+) -> tuple[Tensor, float]:
     """Where stages of epsilon begin, ``[B]``, and the factor between them."""
     if scaling is None:
         return epsilon, 0.5  # without stages
-    factor = _contrastive.check_number(operator, "epsilon_scaling", scaling, 0, or_equal=False)
+    factor = _checks.check_number(operator, "epsilon_scaling", scaling, 0, or_equal=False)
     if factor >= 1:
         raise ValueError(f"{operator}: expected epsilon_scaling to be a factor between 0 and 1, got {scaling!r}")
     return torch.maximum(cost.range(), epsilon), factor
@@ -251,8 +254,8 @@ def _start(
             f"{list(problems.columns.shape)} on {b.device}, got {list(f.shape)} and {list(g.shape)} on {g.device}"
         )
     start = problems.columns.inside(g.detach()).double()
-    if _contrastive.reads_values(start):
-        _contrastive.check_finite(operator, "init's g", start[weights > 0])
+    if _checks.reads_values(start):
+        _checks.check_finite(operator, "init's g", start[weights > 0])
     if not is_counting:
         start = start + epsilon.unsqueeze(1) * weights.log()
     return torch.where(weights > 0, start, -torch.inf).contiguous()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyreg.ops import _contrastive, _library, _pairs, _ranks
+from pyreg.ops import _checks, _contrastive, _library, _pairs, _ranks
 from pyreg.reference import conr as reference
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ def conr_loss(
     code = _library.reduction_code(_NAME, reduction)
     variant_code = _code("variant", variant, _pairs.VARIANTS, "'paper', 'agedb' or 'nyud2'")
     norm_code = _code("label_norm", label_norm, _pairs.LABEL_NORMS, "1, 2 or math.inf")
-    window = _contrastive.check_number(_NAME, "window", window, 0, or_equal=True)
+    window = _checks.check_number(_NAME, "window", window, 0, or_equal=True)
     temperature = _contrastive.check_temperature(_NAME, temperature)
-    eta = _contrastive.check_number(_NAME, "eta", eta, 0, or_equal=True)
+    eta = _checks.check_number(_NAME, "eta", eta, 0, or_equal=True)
     rows = _contrastive.feature_rows(_NAME, "features", features)
     for name, labels in (("targets", targets), ("preds", preds)):
         _contrastive.check_real(_NAME, name, labels, features)
@@ -150,8 +150,8 @@ def _sample_labels(name: str, labels: Tensor, rows: Tensor, variant: str, dtype:
         expected = "[N, ...]" if averaged else "[N], [N, 1] or [N, K]"
         raise ValueError(f"{_NAME}: expected {name} of shape {expected} with N = {count}, got {list(labels.shape)}")
     labels = reference.sample_labels(labels.detach().to(dtype), variant).contiguous()
-    if _contrastive.reads_values(labels):
-        _contrastive.check_finite(_NAME, name, labels)
+    if _checks.reads_values(labels):
+        _checks.check_finite(_NAME, name, labels)
     return labels
 
 
@@ -159,7 +159,7 @@ def _weighted(targets: Tensor, weights: Tensor, rows: Tensor, variant: str) -> t
     """The weights, ``[N]``, contiguous, in the dtype in which the operator sums; and targets, NaN where a bad weight
     has not been an error."""
     _contrastive.check_real(_NAME, "weights", weights, rows)
-    _contrastive.check_constant(_NAME, "weights", weights)
+    _checks.check_constant(_NAME, "weights", weights)
     count, averaged = rows.shape[0], variant == "nyud2"
     fits = weights.shape in ((count,), (count, 1)) or (averaged and weights.dim() > 0 and weights.shape[0] == count)
     if not fits or 0 in weights.shape[1:]:
@@ -167,8 +167,8 @@ def _weighted(targets: Tensor, weights: Tensor, rows: Tensor, variant: str) -> t
         raise ValueError(f"{_NAME}: expected weights of shape {expected} with N = {count}, got {list(weights.shape)}")
     weights = weights.to(_library.accumulate_dtype(rows.dtype))
     weights = reference.sample_labels(weights, variant).squeeze(1).contiguous()
-    if _contrastive.reads_values(weights):
-        _contrastive.check_finite(_NAME, "weights", weights)
+    if _checks.reads_values(weights):
+        _checks.check_finite(_NAME, "weights", weights)
         if count > 0 and (least := weights.min().item()) < 0:
             raise ValueError(f"{_NAME}: expected weights to be at least 0, got {least}")
         return targets, weights

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyreg.ops import _contrastive, _library, _ranks
+from pyreg.ops import _checks, _contrastive, _library, _ranks
 from pyreg.reference import info_nce as reference
 
 if TYPE_CHECKING:
@@ -141,12 +141,12 @@ def _correction(log_q: Tensor, key: Tensor) -> Tensor:
     """``[M]``, contiguous, in the dtype in which the operator sums."""
     _contrastive.check_beside(_NAME, "log_q", log_q, key)
     _library.check_float(_NAME, "log_q", log_q)
-    _contrastive.check_constant(_NAME, "log_q", log_q)
+    _checks.check_constant(_NAME, "log_q", log_q)
     if log_q.shape != key.shape[:1]:
         raise ValueError(f"{_NAME}: expected log_q of shape [M] = [{key.shape[0]}], got {list(log_q.shape)}")
     log_q = log_q.detach().to(_library.accumulate_dtype(key.dtype)).contiguous()
-    if _contrastive.reads_values(log_q):
-        _contrastive.check_finite(_NAME, "log_q", log_q)
+    if _checks.reads_values(log_q):
+        _checks.check_finite(_NAME, "log_q", log_q)
     return log_q
 
 

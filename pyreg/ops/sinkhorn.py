@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from pyreg.ops import _contrastive, _library, _pairwise_cost
+from pyreg.ops import _checks, _library, _pairwise_cost
 from pyreg.ops._dense_cost import DenseCost
+from pyreg.ops._point_cost import PointCost
 from pyreg.ops._problems import Entries, Problems, RaggedEntries
-from pyreg.ops._transport import Transport, check_memory
+from pyreg.ops._transport import Transport
 from pyreg.ops._transport_problem import Number, Options, Start, solve
 
 Offsets = Tensor | Sequence[int]
@@ -134,6 +134,7 @@ def sinkhorn_points(
     init: Start | None = None,
     x_offsets: Offsets | None = None,
     y_offsets: Offsets | None = None,
+    streaming: bool | None = None,
 ) -> Transport:
     r"""Entropic optimal transport between point clouds: :func:`sinkhorn` under a cost of their points.
 
@@ -152,6 +153,10 @@ def sinkhorn_points(
             all problems, those of problem k at ``x_offsets[k]`` to ``x_offsets[k + 1]``. Weights, potentials and what
             else is ``[..., n]`` are ``[N]`` then; numbers, and epsilon where it is a tensor, are ``[B]``. Tensors are
             read, which waits for a GPU.
+        streaming: the matrix that an iteration multiplies with, ``exp((f + g - C) / epsilon)``, is formed anew each
+            time (True), or held (False). By default it is held up to 128 MB, and from 8 dimensions on, where forming it
+            takes long, up to a quarter of the memory that is left. All that is not the iteration, gradients included,
+            needs O((n + m) d) memory in any case, but for ``Transport.plan()``.
         epsilon, relative_epsilon, rho_a, rho_b, reference, max_iter, tol, epsilon_scaling, init: as of
             :func:`sinkhorn`.
 
@@ -174,11 +179,13 @@ def sinkhorn_points(
     operator = "sinkhorn_points"
     if cost not in _pairwise_cost.COSTS:
         raise ValueError(f"{operator}: expected cost to be 'sqeuclidean', 'euclidean' or 'cosine', got {cost!r}")
+    if streaming is not None and not isinstance(streaming, bool):
+        raise TypeError(f"{operator}: expected streaming to be True, False or None, got {streaming!r}")
     _check_points(operator, x, y)
     problems = _problems_of_points(operator, x, y, x_offsets, y_offsets)
     options = Options(*(a, b, epsilon, relative_epsilon, rho_a, rho_b, reference, max_iter, tol, epsilon_scaling, init))
     points = problems.rows.inside(_computed(x)), problems.columns.inside(_computed(y))
-    return solve(operator, _cost_of_points(operator, *points, cost, problems), problems, options, x, "x", points[1])
+    return solve(operator, PointCost(*points, cost, problems, streaming), problems, options, x, "x", points[1])
 
 
 # ---- arguments ----
@@ -206,8 +213,8 @@ def _check_points(operator: str, x: Tensor, y: Tensor) -> None:
                 f"at least one dimension, got {list(points.shape)}"
                 + ("; use unsqueeze(1) for points on a line" if points.dim() == 1 else "")
             )
-        if _contrastive.reads_values(points):
-            _contrastive.check_finite(operator, name, points)
+        if _checks.reads_values(points):
+            _checks.check_finite(operator, name, points)
     if y.device != x.device:
         raise ValueError(
             f"{operator}: expected y on the device of x, {x.device}, got {y.device}; move it with y.to(x.device)"
@@ -255,13 +262,3 @@ def _offsets(operator: str, name: str, offsets: Offsets, points: Tensor, of: str
             f"least one point in each problem, got {values}"
         )
     return values
-
-
-def _cost_of_points(operator: str, x: Tensor, y: Tensor, cost: str, problems: Problems) -> DenseCost:
-    """Held; infinite where a ragged batch is padded."""
-    check_memory(operator, "the cost between all points", (*x.shape[:2], y.shape[1]), x)
-    result = _pairwise_cost.pairwise_cost(x, y, cost)
-    if isinstance(problems.rows, RaggedEntries) and isinstance(problems.columns, RaggedEntries):
-        is_padding = problems.rows.is_padding.unsqueeze(2) | problems.columns.is_padding.unsqueeze(1)
-        result = result.masked_fill(is_padding, torch.inf)
-    return DenseCost(result)

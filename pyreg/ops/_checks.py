@@ -1,0 +1,50 @@
+"""Argument checks that operators share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyreg.ops import _library
+
+
+def check_number(operator: str, name: str, value: float, low: float, or_equal: bool) -> float:
+    """A finite number above ``low``."""
+    if isinstance(value, Tensor):
+        check_constant(operator, name, value)
+    try:
+        fits = (low <= value if or_equal else low < value) and value < math.inf
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{operator}: expected {name} to be a finite number {'>=' if or_equal else '>'} {low:g}, got {value!r}"
+        )
+    return float(value)
+
+
+def check_constant(operator: str, name: str, tensor: Tensor) -> None:
+    """An error for an argument that has no gradient but seems to be trained."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{operator}: {name} has no gradient; pass {name}.detach()")
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether values are checked: those of the CPU always, others where ``PYREG_CHECKS=1`` asks for it. Not while
+    tracing, nor inside of ``torch.func``, where a tensor may stand for many."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta:
+        return False
+    return tensor.is_cpu or _library.checks_values()
+
+
+def check_finite(operator: str, name: str, tensor: Tensor) -> None:
+    # The sum of finite numbers is finite but for an overflow: one cheap pass.
+    if math.isfinite(tensor.sum().item()):
+        return
+    wrong = tensor[~tensor.isfinite()]
+    if wrong.numel() > 0:
+        raise ValueError(f"{operator}: expected finite numbers in {name}, got {wrong[0].item()}")
