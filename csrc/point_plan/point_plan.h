@@ -1,8 +1,11 @@
 // One pass over the plan between points, which is never held:
 //
-//   E_ij = exp((F_i + G_j - C_ij) / eps),   C_ij = c(x_i, y_j)      times C_ij where asked for
+//   E_ij = exp((F_i + G_j - C_ij) / eps),   C_ij = c(x_i, y_j)
 //   rows     E z   [n, k]        by_x_i = sum_j E_ij (u_i . z_j) dC_ij / dx_i   [n, d]
 //   columns  E^T u [m, k]        by_y_j = sum_i E_ij (u_i . z_j) dC_ij / dy_j   [m, d]
+//
+// Both are gradients of sum_ij E_ij (u_i . z_j), but for -1 / eps. So they are of sum_ij E_ij C_ij (u_i . z_j) where rows
+// and columns are of E_ij C_ij: with E_ij (C_ij - eps) in place of E_ij.
 //
 // With W_ij = E_ij (u_i . z_j) slope_ij, by_x is s (W 1 x - W y) for distances: s = 2 and slope 1 for squared ones, s =
 // 1 and slope 1 / |x_i - y_j| otherwise, 0 where two points meet; and -W y for cosines.

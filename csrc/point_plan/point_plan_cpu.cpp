@@ -17,7 +17,7 @@ template <typename A, PointCost kCost, int64_t kDimension>
 void panel(const PointPlanArgs& args) {
   const PointsCost<A, kCost, kDimension> cost{args.dimension, args.stride, static_cast<const A*>(args.x),
                                               static_cast<const A*>(args.y)};
-  const A scale = static_cast<A>(1 / args.epsilon);
+  const A epsilon = static_cast<A>(args.epsilon), scale = static_cast<A>(1 / args.epsilon);
   const A* const column_potentials = static_cast<const A*>(args.column_potentials);
   const A* const u = static_cast<const A*>(args.u);
   const A* const z = static_cast<const A*>(args.z);
@@ -33,9 +33,9 @@ void panel(const PointPlanArgs& args) {
         const Vector<A> high = load(column_potentials + j);
         const Vector<A> exponent = difference<A>(broadcast(potential.high), c, high, low) * scale;
         Vector<A> e = exponential(exponent < kLargest<A> ? exponent : broadcast(kLargest<A>));
-        if (args.times_cost) e = e * c;
-        if (plan != nullptr) store(plan + j, e);
+        if (plan != nullptr) store(plan + j, args.times_cost ? e * c : e);
         if (weights == nullptr) continue;
+        if (args.times_cost) e = e * (c - epsilon);
         const Vector<A> factor = u == nullptr ? load(weights + j) : u[i] * load(z + j);
         if constexpr (kCost == PointCost::euclidean) e = c > A(0) ? e / c : broadcast(A(0));
         store(weights + j, e * factor);

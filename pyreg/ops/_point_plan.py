@@ -7,7 +7,9 @@ Of a batch, with ``x [B, n, d]``, ``y [B, m, d]`` and factors ``u [B, n, k]``, `
     rows     E z                by_x_i = sum_j E_ij (u_i . z_j) dC_ij / dx_i
     columns  E^T u              by_y_j = sum_i E_ij (u_i . z_j) dC_ij / dy_j
 
-These are what ``L = sum_ij E_ij (u_i . z_j)`` has as gradients, ``-1 / eps`` times by_x and by_y: gradients of products
+With ``times_cost`` rows and columns are of ``E_ij C_ij``, by_x and by_y of ``E_ij (C_ij - eps)``.
+
+These are what ``L = sum_ij E_ij (u_i . z_j)``, or ``sum_ij E_ij C_ij (u_i . z_j)``, has as gradients, ``-1 / eps`` times by_x and by_y: gradients of products
 with E are such passes again. Those of by_x and by_y, which second derivatives ask for, are torch's own operators', in
 panels of rows.
 """
@@ -39,7 +41,7 @@ def point_plan(
     by_y: bool = False,
     times_cost: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is asked for of the above, and zeros; with ``times_cost`` rows and columns are of ``E_ij C_ij``.
+    """What is asked for of the above, and zeros.
 
     Differentiable in all tensors but epsilon, to any order. Points of cosines have length 1."""
     x, y = points
@@ -61,12 +63,13 @@ def _panel(flags: tuple[int, bool, bool, bool, bool, bool], rows: Tensors, share
         costs = _pairwise_cost.cost_of_computed(x, y, point_cost)
         exponents = (f.unsqueeze(2) - costs + g.unsqueeze(1)) / epsilon.view(-1, 1, 1)
         plan = exponents.clamp(max=LARGEST_EXPONENT[x.dtype]).to(x.dtype).exp()
-        if times_cost:
-            plan = plan * costs
-        of_rows = plan @ z if with_rows else torch.zeros_like(u)
-        of_columns = plan.mT @ u if with_columns else torch.zeros_like(z)
+        summed = plan * costs if times_cost else plan
+        of_rows = summed @ z if with_rows else torch.zeros_like(u)
+        of_columns = summed.mT @ u if with_columns else torch.zeros_like(z)
         by_x, by_y = torch.zeros_like(x), torch.zeros_like(y)
         if with_x or with_y:
+            if times_cost:
+                plan = plan * (costs - epsilon.view(-1, 1, 1).to(x.dtype))
             pulls = _pairwise_cost.pull(plan * (u @ z.mT), x, y, costs, point_cost)
             by_x, by_y = (pulls[0] if with_x else by_x), (pulls[1] if with_y else by_y)
     return (of_rows, by_x), (of_columns, by_y)
@@ -106,7 +109,7 @@ def _backward(
             (by_by_y, with_y),
         )
     )
-    if by_by_x is not None or by_by_y is not None or times_cost:
+    if by_by_x is not None or by_by_y is not None:
         return *_general_gradient(ctx, by_rows, by_columns, by_by_x, by_by_y), *no_flags
     if by_rows is None and by_columns is None:
         return *(None,) * 7, *no_flags
@@ -127,6 +130,7 @@ def _backward(
         columns=need_g or (need_z and by_rows is not None),
         by_x=need_x,
         by_y=need_y,
+        times_cost=times_cost,
     )
     per_exponent = 1 / epsilon.view(-1, 1)
     scale = -per_exponent.unsqueeze(2).to(x.dtype)
