@@ -4,20 +4,30 @@
 //   rows     E z   [n, k]        by_x_i = sum_j E_ij (u_i . z_j) dC_ij / dx_i   [n, d]
 //   columns  E^T u [m, k]        by_y_j = sum_i E_ij (u_i . z_j) dC_ij / dy_j   [m, d]
 //
-// Both are gradients of sum_ij E_ij (u_i . z_j), but for -1 / eps. So they are of sum_ij E_ij C_ij (u_i . z_j) where rows
-// and columns are of E_ij C_ij: with E_ij (C_ij - eps) in place of E_ij.
+// Both are gradients of sum_ij E_ij (u_i . z_j), but for -1 / eps. So they are of sum_ij E_ij C_ij (u_i . z_j) where
+// rows and columns are of E_ij C_ij: with E_ij (C_ij - eps) in place of E_ij.
 //
 // With W_ij = E_ij (u_i . z_j) slope_ij, by_x is s (W 1 x - W y) for distances: s = 2 and slope 1 for squared ones, s =
 // 1 and slope 1 / |x_i - y_j| otherwise, 0 where two points meet; and -W y for cosines.
 //
-// A panel of some rows and all columns is formed at a time, of E, of W or of both, by one exponential an entry, and
-// multiplied by torch's matrix products while it lies in the cache. Exponents are those of sinkhorn.h, beyond kLargest
-// cut off: between two weights of 0 they may be anything.
+// In up to kMostDirect dimensions W (x - y) is summed as it stands, which keeps the digits of points that nearly meet,
+// and W is not even held for a moment. Otherwise a panel of some rows and all columns is formed at a time, of E, of W
+// or of both, by one exponential an entry, and multiplied by torch's matrix products while it lies in the cache.
+// Exponents are those of sinkhorn.h, beyond kLargest cut off: between two weights of 0 they may be anything.
 #pragma once
 
 #include "sinkhorn/sinkhorn.h"
 
 namespace pyreg {
+
+constexpr int64_t kMostDirect = 3;
+
+inline bool is_direct(PointCost point_cost, int64_t dimension) {
+  return point_cost != PointCost::cosine && dimension <= kMostDirect;
+}
+
+// Rows are shared by threads in so many blocks, whose sums for the columns are added up in a fixed order.
+constexpr int64_t kPlanBlocks = 16;
 
 struct PointPlanArgs {
   Dtype dtype;  // float64 or float32
@@ -34,6 +44,9 @@ struct PointPlanArgs {
   const void* z;
   void* plan;     // [rows, stride] or null
   void* weights;  // [rows, stride] or null: W
+  // Where it is direct, or null: gradients but for s.
+  void* by_x;  // [rows, dimension]
+  void* by_y;  // [kPlanBlocks, dimension, stride], added to
 };
 
 struct PointColumnsArgs {

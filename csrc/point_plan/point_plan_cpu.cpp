@@ -7,54 +7,85 @@ namespace pyreg::PYREG_ISA {
 
 namespace {
 
-// Entries that are worth a second thread.
-constexpr int64_t kEntriesPerTask = 8192;
-
 template <typename A>
 constexpr A kLargest = sizeof(A) == 4 ? A(80) : A(600);
 
 template <typename A, PointCost kCost, int64_t kDimension>
-void panel(const PointPlanArgs& args) {
-  const PointsCost<A, kCost, kDimension> cost{args.dimension, args.stride, static_cast<const A*>(args.x),
-                                              static_cast<const A*>(args.y)};
-  const A epsilon = static_cast<A>(args.epsilon), scale = static_cast<A>(1 / args.epsilon);
-  const A* const column_potentials = static_cast<const A*>(args.column_potentials);
-  const A* const u = static_cast<const A*>(args.u);
-  const A* const z = static_cast<const A*>(args.z);
-  parallel_for(args.rows, (kEntriesPerTask + args.stride - 1) / args.stride, [&](int64_t begin, int64_t end) {
-    const FlushSubnormals flush;
-    for (int64_t i = begin; i < end; ++i) {
-      const auto point = cost.row(i);
-      const Split<A> potential(args.row_potentials[i]);
-      A* const plan = args.plan == nullptr ? nullptr : static_cast<A*>(args.plan) + i * args.stride;
-      A* const weights = args.weights == nullptr ? nullptr : static_cast<A*>(args.weights) + i * args.stride;
-      for (int64_t j = 0; j < args.stride; j += kLanes<A>) {
-        const Vector<A> c = cost.at(point, j), low = load(column_potentials + args.stride + j) + potential.low;
-        const Vector<A> high = load(column_potentials + j);
-        const Vector<A> exponent = difference<A>(broadcast(potential.high), c, high, low) * scale;
-        Vector<A> e = exponential(exponent < kLargest<A> ? exponent : broadcast(kLargest<A>));
-        if (plan != nullptr) store(plan + j, args.times_cost ? e * c : e);
-        if (weights == nullptr) continue;
-        if (args.times_cost) e = e * (c - epsilon);
-        const Vector<A> factor = u == nullptr ? load(weights + j) : u[i] * load(z + j);
-        if constexpr (kCost == PointCost::euclidean) e = c > A(0) ? e / c : broadcast(A(0));
-        store(weights + j, e * factor);
+class Panel {
+ public:
+  explicit Panel(const PointPlanArgs& args)
+      : args_(args),
+        cost_{args.dimension, args.stride, static_cast<const A*>(args.x), static_cast<const A*>(args.y)},
+        epsilon_(static_cast<A>(args.epsilon)),
+        scale_(static_cast<A>(1 / args.epsilon)) {}
+
+  void run() const {
+    parallel_for(kPlanBlocks, 1, [&](int64_t begin, int64_t end) {
+      const FlushSubnormals flush;
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t last = args_.rows * (block + 1) / kPlanBlocks;
+        for (int64_t i = args_.rows * block / kPlanBlocks; i < last; ++i) row(i, block);
+      }
+    });
+  }
+
+ private:
+  void row(int64_t i, int64_t block) const {
+    const A* const point = cost_.row(i).point;
+    const Split<A> potential(args_.row_potentials[i]);
+    const A* const high = static_cast<const A*>(args_.column_potentials);
+    const A* const low = high + args_.stride;
+    const A* const u = static_cast<const A*>(args_.u);
+    const A* const z = static_cast<const A*>(args_.z);
+    A* const plan = part(args_.plan, i * args_.stride);
+    A* const weights = part(args_.weights, i * args_.stride);
+    A* const by_x = part(args_.by_x, i * args_.dimension);
+    A* const by_y = part(args_.by_y, block * args_.dimension * args_.stride);
+    const bool is_direct = by_x != nullptr || by_y != nullptr;
+    constexpr int64_t kSums = kDimension > 0 ? kDimension : 1;
+    Vector<A> sums[kSums] = {};
+    for (int64_t j = 0; j < args_.stride; j += kLanes<A>) {
+      const Vector<A> c = cost_.at({point}, j);
+      const Vector<A> exponent =
+          difference<A>(broadcast(potential.high), c, load(high + j), load(low + j) + potential.low) * scale_;
+      Vector<A> e = exponential(exponent < kLargest<A> ? exponent : broadcast(kLargest<A>));
+      if (plan != nullptr) store(plan + j, args_.times_cost ? e * c : e);
+      if (weights == nullptr && !is_direct) continue;
+      if (args_.times_cost) e = e * (c - epsilon_);
+      if constexpr (kCost == PointCost::euclidean) e = c > A(0) ? e / c : broadcast(A(0));
+      const Vector<A> weight = e * (u == nullptr ? load(weights + j) : u[i] * load(z + j));
+      if (!is_direct) {
+        store(weights + j, weight);
+        continue;
+      }
+      for (int64_t k = 0; k < kDimension; ++k) {
+        const Vector<A> pull = weight * (point[k] - load(cost_.y + k * args_.stride + j));
+        sums[k] += pull;
+        if (by_y != nullptr) store(by_y + k * args_.stride + j, load(by_y + k * args_.stride + j) - pull);
       }
     }
-  });
-}
+    if (by_x == nullptr) return;
+    for (int64_t k = 0; k < kDimension; ++k) by_x[k] = sum_lanes(sums[k]);
+  }
+
+  static A* part(void* base, int64_t offset) { return base == nullptr ? nullptr : static_cast<A*>(base) + offset; }
+
+  const PointPlanArgs& args_;
+  PointsCost<A, kCost, kDimension> cost_;
+  A epsilon_, scale_;
+};
 
 template <typename A, PointCost kCost>
 void panel_of_dimension(const PointPlanArgs& args) {
   switch (args.dimension) {
     case 1:
-      return panel<A, kCost, 1>(args);
+      return Panel<A, kCost, 1>(args).run();
     case 2:
-      return panel<A, kCost, 2>(args);
+      return Panel<A, kCost, 2>(args).run();
     case 3:
-      return panel<A, kCost, 3>(args);
+      return Panel<A, kCost, 3>(args).run();
     default:
-      return panel<A, kCost, 0>(args);
+      return Panel<A, kCost, 0>(args).run();
   }
 }
 

@@ -75,36 +75,42 @@ class Pass {
   void run() {
     const bool has_plan = wanted_.rows || wanted_.columns, has_weights = wanted_.x || wanted_.y;
     if (n_ == 0 || m_ == 0 || !(has_plan || has_weights)) return;
-    const int64_t panels = has_plan && has_weights ? 2 : 1;
-    const int64_t panel_rows = std::clamp(kMostEntries / (panels * stride_), int64_t{1}, n_);
+    const bool is_vector = k_ == 1, pulls_directly = has_weights && is_direct(args_.point_cost, d_);
+    const bool holds_weights = has_weights && !(pulls_directly && is_vector);
+    const int64_t panels = has_plan + holds_weights;
+    const int64_t panel_rows = panels == 0 ? n_ : std::clamp(kMostEntries / (panels * stride_), int64_t{1}, n_);
     const auto panel = [&](bool is_wanted) {
-      return empty({is_wanted ? panel_rows * stride_ : 0}, x_.scalar_type(), x_);
+      return zeros({is_wanted ? panel_rows * stride_ : 0}, x_);  // products leave the padding as it is
     };
-    const Tensor plan = panel(has_plan), weights = panel(has_weights);
+    const Tensor plan = panel(has_plan), weights = panel(holds_weights);
+    Tensor direct_by_y = zeros({pulls_directly && wanted_.y ? kPlanBlocks : 0, d_, stride_}, x_);
     const Tensor coordinates = empty({d_, stride_}, x_.scalar_type(), x_);
     const Tensor potentials = empty({2, stride_}, x_.scalar_type(), x_);
     const Tensor z_padded = zeros({stride_}, x_);
     args_.y = coordinates.const_data_ptr();
     args_.column_potentials = potentials.const_data_ptr();
     args_.plan = has_plan ? plan.mutable_data_ptr() : nullptr;
-    args_.weights = has_weights ? weights.mutable_data_ptr() : nullptr;
-    const bool is_vector = k_ == 1;
+    args_.weights = holds_weights ? weights.mutable_data_ptr() : nullptr;
+    if (pulls_directly && wanted_.y) args_.by_y = direct_by_y.mutable_data_ptr();
     if (has_weights && is_vector) args_.z = z_padded.const_data_ptr();
     for (int64_t index = 0; index < batch_; ++index) {
       cpu::point_columns({args_.dtype, m_, d_, stride_, data(y_) + index * m_ * d_, column_potentials_ + index * m_,
                           coordinates.mutable_data_ptr(), potentials.mutable_data_ptr()});
       args_.epsilon = epsilon_[index];
       if (is_vector) std::copy_n(data(z_) + index * m_, m_, static_cast<A*>(z_padded.mutable_data_ptr()));
-      const Centred points(*this, index, has_weights);
+      const Centred points(*this, index, has_weights && !pulls_directly);
       const Tensor u = problem_of(u_, index), z = problem_of(z_, index);
-      const Tensor sums_of_columns = zeros({wanted_.y ? m_ : 0, d_ + 1}, x_);
+      const Tensor sums_of_columns = zeros({wanted_.y && !pulls_directly ? m_ : 0, d_ + 1}, x_);
+      if (index > 0) torch::stable::zero_(direct_by_y);
       for (int64_t first = 0; first < n_; first += panel_rows) {
         const int64_t count = std::min(panel_rows, n_ - first);
         args_.rows = count;
         args_.x = data(x_) + (index * n_ + first) * d_;
         args_.row_potentials = row_potentials_ + index * n_ + first;
         const Tensor u_rows = rows_of(u_, index * n_ + first, count, k_, k_);
-        const Tensor weights_here = rows_of(weights, 0, has_weights ? count : 0, stride_, m_);
+        const Tensor weights_here = rows_of(weights, 0, holds_weights ? count : 0, stride_, m_);
+        if (pulls_directly && wanted_.x)
+          args_.by_x = static_cast<A*>(by_x.mutable_data_ptr()) + (index * n_ + first) * d_;
         if (has_weights) {
           if (is_vector)
             args_.u = data(u_) + index * n_ + first;
@@ -118,6 +124,7 @@ class Pass {
         if (wanted_.columns) {
           add_product(problem_of(columns, index), transposed_rows_of(plan, 0, count, stride_, m_), u_rows);
         }
+        if (pulls_directly) continue;
         if (wanted_.x) {
           const Tensor sums = empty({count, d_ + 1}, x_.scalar_type(), x_);
           multiply(sums, weights_here, points.y);
@@ -128,13 +135,33 @@ class Pass {
                       rows_of(points.x, first, count, d_ + 1, d_ + 1));
         }
       }
-      if (wanted_.y) {
+      if (pulls_directly) {
+        finish_direct(index, direct_by_y);
+      } else if (wanted_.y) {
         points.pull(sums_of_columns, points.y, 0, m_, static_cast<A*>(by_y.mutable_data_ptr()) + index * m_ * d_);
       }
     }
   }
 
  private:
+  // The factor s, and the blocks' sums.
+  void finish_direct(int64_t index, const Tensor& partial) {
+    const A scale = args_.point_cost == PointCost::sqeuclidean ? A(2) : A(1);
+    A* const of_x = static_cast<A*>(by_x.mutable_data_ptr()) + index * n_ * d_;
+    if (wanted_.x) {
+      for (int64_t i = 0; i < n_ * d_; ++i) of_x[i] *= scale;
+    }
+    if (!wanted_.y) return;
+    A* const of_y = static_cast<A*>(by_y.mutable_data_ptr()) + index * m_ * d_;
+    for (int64_t k = 0; k < d_; ++k) {
+      for (int64_t j = 0; j < m_; ++j) {
+        A sum = 0;
+        for (int64_t block = 0; block < kPlanBlocks; ++block) sum += data(partial)[(block * d_ + k) * stride_ + j];
+        of_y[j * d_ + k] = scale * sum;
+      }
+    }
+  }
+
   // The points of a problem around their mean, whose digits differences of sums would lose, and a 1 each.
   struct Centred {
     Centred(const Pass& pass, int64_t index, bool is_needed)

@@ -9,9 +9,9 @@ Of a batch, with ``x [B, n, d]``, ``y [B, m, d]`` and factors ``u [B, n, k]``, `
 
 With ``times_cost`` rows and columns are of ``E_ij C_ij``, by_x and by_y of ``E_ij (C_ij - eps)``.
 
-These are what ``L = sum_ij E_ij (u_i . z_j)``, or ``sum_ij E_ij C_ij (u_i . z_j)``, has as gradients, ``-1 / eps`` times by_x and by_y: gradients of products
-with E are such passes again. Those of by_x and by_y, which second derivatives ask for, are torch's own operators', in
-panels of rows.
+These are what ``sum_ij E_ij (u_i . z_j)``, or ``sum_ij E_ij C_ij (u_i . z_j)``, has as gradients, ``-1 / eps`` times
+by_x and by_y: gradients of products with E are such passes again. Those of by_x and by_y, which second derivatives ask
+for, are torch's own operators', in panels of rows.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
 
-# Entries of a panel: 2 MB of double for each step of its computation.
-_ENTRIES = 1 << 18
+# Entries of a panel: 1 MB of double for each step of its computation.
+_ENTRIES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,26 @@ class RowFunction:
                 of_rows, sums = self.compute(tensors[: self.rows], tensors[self.rows :])
                 return *of_rows, *sums
 
-            pull = torch.func.vjp(flat, *rows[: self.rows], *shared[: self.shared])[1]
-            gradients = pull((*rows[self.rows :], *shared[self.shared :]))
+            tensors, upstream = (
+                (*rows[: self.rows], *shared[: self.shared]),
+                (*rows[self.rows :], *shared[self.shared :]),
+            )
+            gradients = _gradients(flat, tensors, upstream)
             return gradients[: self.rows], gradients[self.rows :]
 
         return RowFunction(compute, self.rows + self.row_results, self.shared + self.sums, self.rows, self.shared)
+
+
+def _gradients(function: Callable[..., Tensors], tensors: Tensors, upstream: Tensors) -> Tensors:
+    if torch._C._are_functorch_transforms_active():
+        return torch.func.vjp(function, *tensors)[1](upstream)  # type: ignore[no-any-return]
+    # What torch.func.vjp holds is let go of by the garbage collector alone: all panels would be there at a time.
+    with_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = [x.view_as(x) if with_graph and x.requires_grad else x.detach().requires_grad_() for x in tensors]
+        pairs = [pair for pair in zip(function(*leaves), upstream, strict=True) if pair[0].requires_grad]
+        results, gradients = zip(*pairs, strict=True)
+        return torch.autograd.grad(results, leaves, gradients, create_graph=with_graph, materialize_grads=True)
 
 
 class _InPanels(torch.autograd.Function):
@@ -56,13 +71,19 @@ class _InPanels(torch.autograd.Function):
         rows, shared = tensors[: function.rows], tensors[function.rows :]
         batch, count = rows[0].shape[:2]
         height = max(_ENTRIES // max(batch * width, 1), 1)
-        results: list[Tensors] = []
+        # Small results kept one by one between a panel's large tensors would keep the heap from using these again.
+        results: Tensors = ()
         sums: Tensors = ()
         for first in range(0, max(count, 1), height):
             of_rows, more = function.compute(tuple(part[:, first : first + height] for part in rows), shared)
-            results.append(of_rows)
-            sums = tuple(map(torch.add, sums, more)) if sums else more
-        return *(torch.cat(parts, 1) for parts in zip(*results, strict=True)), *sums
+            if first == 0:
+                results = tuple(part.new_empty(batch, count, *part.shape[2:]) for part in of_rows)
+                sums = tuple(torch.zeros_like(part) for part in more)
+            for whole, part in zip(results, of_rows, strict=True):
+                whole[:, first : first + height] = part
+            for total, part in zip(sums, more, strict=True):
+                total += part
+        return *results, *sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
