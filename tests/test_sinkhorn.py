@@ -191,6 +191,35 @@ def test_float32_at_small_epsilon(epsilon: float, cost_of: str) -> None:
     assert (columns - b).abs().sum() <= 2e-6
 
 
+@pytest.mark.parametrize("epsilon", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize(
+    ("cost", "dimension"), [("sqeuclidean", 3), ("sqeuclidean", 64), ("euclidean", 2), ("cosine", 5)]
+)
+def test_float32_points_at_small_epsilon(cost: str, dimension: int, epsilon: float) -> None:
+    """Far from the origin, where products of coordinates would lose what differences keep."""
+    shift = 0.0 if cost == "cosine" else 10.0
+    x, y = torch.rand(40, dimension) + shift, torch.rand(50, dimension) + shift
+    costs = reference.pairwise_cost(x.double(), y.double(), cost)
+    epsilon = epsilon * (costs.max() - costs.min()).item()
+    a, b = weights_of(40).float(), weights_of(50).float()
+    options = {"cost": cost, "epsilon": epsilon, "epsilon_scaling": 0.5, "max_iter": 300_000}
+    leaves = [points.double().requires_grad_() for points in (x, y)]
+    truth = sinkhorn_points(*leaves, a.double(), b.double(), tol=1e-10, **options)
+    expected = torch.autograd.grad(truth.value, leaves)
+    for streaming in (True, False):
+        leaves = [points.clone().requires_grad_() for points in (x, y)]
+        transport = sinkhorn_points(*leaves, a, b, tol=1e-6, streaming=streaming, **options)
+        assert transport.converged
+        assert transport.value.item() == pytest.approx(truth.value.item(), rel=1e-5)
+        assert transport.transport_cost().item() == pytest.approx(truth.transport_cost().item(), rel=1e-5)
+        for actual, exact in zip(torch.autograd.grad(transport.value, leaves), expected, strict=True):
+            # That of one point is as far off as its marginal, 1e-6 of 1 / 40.
+            assert relative_error(actual, exact) <= 4e-5
+        rows, columns = transport.marginals
+        assert (rows - a).abs().sum() <= 2e-6
+        assert (columns - b).abs().sum() <= 2e-6
+
+
 def test_rows_that_lose_all_mass_keep_right_potentials() -> None:
     """exp(-f / rho) is below float32's numbers."""
     for name, scale in itertools.product(REFERENCES, (10.0, 100.0, 1000.0)):
