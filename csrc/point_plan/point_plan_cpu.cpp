@@ -1,11 +1,14 @@
 // CPU kernels of a panel of the plan between points. Notation: point_plan.h.
 #include "core/parallel.h"
+#include "core/rows.h"
 #include "point_plan/point_plan.h"
 #include "sinkhorn/point_costs.h"
 
 namespace pyreg::PYREG_ISA {
 
 namespace {
+
+constexpr int64_t kTogether = 4;  // rows whose costs are formed at a time in many dimensions
 
 template <typename A>
 constexpr A kLargest = sizeof(A) == 4 ? A(80) : A(600);
@@ -23,14 +26,23 @@ class Panel {
     parallel_for(kPlanBlocks, 1, [&](int64_t begin, int64_t end) {
       const FlushSubnormals flush;
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t last = args_.rows * (block + 1) / kPlanBlocks;
-        for (int64_t i = args_.rows * block / kPlanBlocks; i < last; ++i) row(i, block);
+        int64_t i = args_.rows * block / kPlanBlocks;
+        const int64_t end = args_.rows * (block + 1) / kPlanBlocks;
+        if constexpr (kDimension == 0) {
+          const Scratch<A> costs(kTogether * args_.stride);
+          for (; i + kTogether <= end; i += kTogether) {
+            fill_costs<kTogether>(cost_, i, costs.get());
+            for (int64_t r = 0; r < kTogether; ++r) row(i + r, block, costs.get() + r * args_.stride);
+          }
+        }
+        for (; i < end; ++i) row(i, block, nullptr);
       }
     });
   }
 
  private:
-  void row(int64_t i, int64_t block) const {
+  // `costs` of the row, or null.
+  void row(int64_t i, int64_t block, const A* costs) const {
     const A* const point = cost_.row(i).point;
     const Split<A> potential(args_.row_potentials[i]);
     const A* const high = static_cast<const A*>(args_.column_potentials);
@@ -45,7 +57,7 @@ class Panel {
     constexpr int64_t kSums = kDimension > 0 ? kDimension : 1;
     Vector<A> sums[kSums] = {};
     for (int64_t j = 0; j < args_.stride; j += kLanes<A>) {
-      const Vector<A> c = cost_.at({point}, j);
+      const Vector<A> c = costs == nullptr ? cost_.at({point}, j) : load(costs + j);
       const Vector<A> exponent =
           difference<A>(broadcast(potential.high), c, load(high + j), load(low + j) + potential.low) * scale_;
       Vector<A> e = exponential(exponent < kLargest<A> ? exponent : broadcast(kLargest<A>));

@@ -23,14 +23,17 @@ struct PointsCost {
   Vector<A> at(const Row& row, int64_t j) const {
     Vector<A> sum{};
     for (int64_t k = 0; k < (kDimension > 0 ? kDimension : dimension); ++k) {
-      const Vector<A> coordinate = load(y + k * stride + j);
-      if constexpr (kCost == PointCost::cosine) {
-        sum += row.point[k] * coordinate;
-      } else {
-        const Vector<A> difference = row.point[k] - coordinate;
-        sum += difference * difference;
-      }
+      sum = add(sum, row.point[k], load(y + k * stride + j));
     }
+    return finish(sum);
+  }
+
+  static Vector<A> add(Vector<A> sum, A x, Vector<A> y) {
+    if constexpr (kCost == PointCost::cosine) return sum + x * y;
+    const Vector<A> difference = x - y;
+    return sum + difference * difference;
+  }
+  static Vector<A> finish(Vector<A> sum) {
     if constexpr (kCost == PointCost::cosine) return A(1) - sum;
     if constexpr (kCost == PointCost::euclidean) return square_root(sum);
     return sum;
@@ -44,6 +47,20 @@ struct PointsCost {
   const A* x;  // [rows, dimension]
   const A* y;  // [dimension, stride], the columns' points
 };
+
+// All costs of rows first..., `stride` apart. A vector of the columns' points is loaded once for kRows of them.
+template <int64_t kRows, typename A, PointCost kCost, int64_t kDimension>
+void fill_costs(const PointsCost<A, kCost, kDimension>& cost, int64_t first, A* to) {
+  const A* const points = cost.x + first * cost.dimension;
+  for (int64_t j = 0; j < cost.stride; j += kLanes<A>) {
+    Vector<A> sums[kRows] = {};
+    for (int64_t k = 0; k < cost.dimension; ++k) {
+      const Vector<A> coordinate = load(cost.y + k * cost.stride + j);
+      for (int64_t r = 0; r < kRows; ++r) sums[r] = cost.add(sums[r], points[r * cost.dimension + k], coordinate);
+    }
+    for (int64_t r = 0; r < kRows; ++r) store(to + r * cost.stride + j, cost.finish(sums[r]));
+  }
+}
 
 // Points [count, dimension] as `y` above: transposed, and padded by 0.
 template <typename A>

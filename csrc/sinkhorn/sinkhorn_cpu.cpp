@@ -5,6 +5,7 @@
 // they add to it. Bytes an iteration: K once from wherever it lies, and once more from the first-level cache.
 #include <cmath>
 
+#include "core/huge_pages.h"
 #include "core/math.h"
 #include "core/parallel.h"
 #include "core/rows.h"
@@ -31,6 +32,7 @@ constexpr int64_t kLeastShared = 1 << 16;
 template <typename Scores>
 struct DenseCost {
   using A = Scores;
+  static constexpr bool kIsHeld = true;
   struct Row {
     const A* costs;
   };
@@ -52,6 +54,8 @@ struct DenseCost {
 template <typename Scores, PointCost kCost, int64_t kDimension>
 struct OwnPointsCost : PointsCost<Scores, kCost, kDimension> {
   using A = Scores;
+  static constexpr bool kIsHeld = false;
+  static constexpr bool kIsLong = kDimension == 0;  // worth forming for several rows at a time
 
   OwnPointsCost(const SinkhornArgs& args, int64_t index) : coordinates(args.dimension * padded(args.columns)) {
     this->dimension = kDimension > 0 ? kDimension : args.dimension;
@@ -97,7 +101,9 @@ class Problem {
         shifted_low_(stride_),
         maxima_(blocks_ * stride_),
         errors_(blocks_),
-        is_wide_(blocks_) {}
+        is_wide_(blocks_) {
+    if (!is_streaming_) advise_huge_pages(kernel_.get(), sizeof(A) * static_cast<size_t>(n_ * stride_));
+  }
 
   void run() {
     const double last = args_.epsilon[index_];
@@ -181,12 +187,17 @@ class Problem {
   double log_domain_iteration() {
     const A scale = static_cast<A>(1 / epsilon_);
     split_column_potentials();
+    // K is to be formed anew: until then its memory holds the costs.
+    has_costs_ = !Cost::kIsHeld && !is_streaming_;
     for_each_block([&](int64_t block) {
       double error = 0;
+      if constexpr (!Cost::kIsHeld) {
+        if (!is_streaming_)
+          fill_costs_of(first_row(block), first_row(block + 1), kernel_.get() + first_row(block) * stride_);
+      }
       for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
-        const typename Cost::Row c = cost_.row(i);
         Vector<A> largest = broadcast(-static_cast<A>(__builtin_inf()));
-        for_each_vector(c, [&](int64_t j, Vector<A> cost) {
+        for_each_vector(i, [&](int64_t j, Vector<A> cost) {
           const Vector<A> x = load(shifted_.get() + j) - cost;
           largest = x > largest ? x : largest;
         });
@@ -196,7 +207,7 @@ class Problem {
         double potential = -INFINITY;
         if (maximum > -static_cast<A>(__builtin_inf())) {
           Vector<A> sum{};
-          for_each_vector(c, [&](int64_t j, Vector<A> cost) {
+          for_each_vector(i, [&](int64_t j, Vector<A> cost) {
             const Vector<A> potential = load(shifted_.get() + j), low = load(shifted_low_.get() + j);
             sum += exponential(difference<A>(potential, cost, broadcast(-maximum), low) * scale);
           });
@@ -221,7 +232,7 @@ class Problem {
       for (int64_t j = 0; j < stride_; ++j) maxima[j] = none;
       for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
         const A potential = static_cast<A>(row_potentials()[i]);
-        for_each_vector(cost_.row(i), [&](int64_t j, Vector<A> cost) {
+        for_each_vector(i, [&](int64_t j, Vector<A> cost) {
           const Vector<A> x = potential - cost, before = load(maxima + j);
           store(maxima + j, x > before ? x : before);
         });
@@ -240,7 +251,7 @@ class Problem {
       for (int64_t j = 0; j < stride_; ++j) sums[j] = 0;
       for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
         const Split<A> potential(row_potentials()[i]);
-        for_each_vector(cost_.row(i), [&](int64_t j, Vector<A> cost) {
+        for_each_vector(i, [&](int64_t j, Vector<A> cost) {
           const Vector<A> high = broadcast(potential.high), low = broadcast(potential.low);
           const Vector<A> x = difference<A>(high, cost, -load(shifted_.get() + j), low);
           store(sums + j, load(sums + j) + exponential(x * scale));
@@ -305,17 +316,35 @@ class Problem {
     }
     if (is_streaming_) return;
     for_each_block([&](int64_t block) {
-      for (int64_t i = first_row(block); i < first_row(block + 1); ++i) fill_row(i, kernel_.get() + i * stride_);
+      const int64_t first = first_row(block), end = first_row(block + 1);
+      A* const k = kernel_.get() + first * stride_;
+      if constexpr (!Cost::kIsHeld) {
+        if (!has_costs_) fill_costs_of(first, end, k);
+      }
+      for (int64_t i = first; i < end; ++i) fill_row(i, k + (i - first) * stride_, !Cost::kIsHeld);
     });
+    has_costs_ = false;
   }
 
-  void fill_row(int64_t i, A* k) const {
+  void fill_costs_of(int64_t first, int64_t end, A* to) const {
+    if constexpr (!Cost::kIsHeld) {
+      for (; first + kTogether <= end; first += kTogether, to += kTogether * stride_) {
+        fill_costs<kTogether>(cost_, first, to);
+      }
+      for (; first < end; ++first, to += stride_) fill_costs<1>(cost_, first, to);
+    }
+  }
+
+  // K's row i; where k holds its costs, in their place.
+  void fill_row(int64_t i, A* k, bool has_costs) const {
     const A scale = static_cast<A>(1 / epsilon_);
     const Split<A> potential(row_potentials()[i]);
-    for_each_vector(cost_.row(i), [&](int64_t j, Vector<A> cost) {
+    const auto fill = [&](int64_t j, Vector<A> cost) {
       const Vector<A> low = load(shifted_low_.get() + j) + potential.low;
       store(k + j, exponential(difference<A>(broadcast(potential.high), cost, load(shifted_.get() + j), low) * scale));
-    });
+    };
+    if (!has_costs) return for_each_cost(i, fill);
+    for (int64_t j = 0; j < stride_; j += kLanes<A>) fill(j, load(k + j));
   }
 
   // Whether no sum was lost; `error` is of the potentials before it.
@@ -355,11 +384,14 @@ class Problem {
   void rows(int64_t first, int64_t block) {
     const A* k[kRows];
     Vector<A> sums[kRows][2] = {};
-    for (int64_t r = 0; r < kRows; ++r) {
-      A* const row = kernel_.get() + (is_streaming_ ? block * kTogether + r : first + r) * stride_;
-      if (is_streaming_) fill_row(first + r, row);
-      k[r] = row;
+    A* const panel = kernel_.get() + (is_streaming_ ? block * kTogether : first) * stride_;
+    if constexpr (!Cost::kIsHeld) {
+      if (is_streaming_) {
+        if (Cost::kIsLong) fill_costs<kRows>(cost_, first, panel);
+        for (int64_t r = 0; r < kRows; ++r) fill_row(first + r, panel + r * stride_, Cost::kIsLong);
+      }
     }
+    for (int64_t r = 0; r < kRows; ++r) k[r] = panel + r * stride_;
     int64_t j = 0;
     for (; j + 2 * kLanes<A> <= stride_; j += 2 * kLanes<A>) {
       const Vector<A> v0 = load(v_.get() + j), v1 = load(v_.get() + j + kLanes<A>);
@@ -420,7 +452,14 @@ class Problem {
 
   // Calls function(j, costs of row and columns j...); beyond the last column they are infinite.
   template <typename Function>
-  void for_each_vector(const typename Cost::Row& row, Function&& function) const {
+  void for_each_vector(int64_t i, Function&& function) const {
+    if (!has_costs_) return for_each_cost(i, function);
+    const A* const costs = kernel_.get() + i * stride_;
+    for (int64_t j = 0; j < stride_; j += kLanes<A>) function(j, load(costs + j));
+  }
+  template <typename Function>
+  void for_each_cost(int64_t i, Function&& function) const {
+    const typename Cost::Row row = cost_.row(i);
     int64_t j = 0;
     for (; j + kLanes<A> <= m_; j += kLanes<A>) function(j, cost_.at(row, j));
     if (j < m_) function(j, cost_.at_end(row, j, static_cast<int>(m_ - j)));
@@ -429,7 +468,8 @@ class Problem {
   const SinkhornArgs& args_;
   int64_t n_, m_, stride_, index_, blocks_;
   Cost cost_;
-  bool is_streaming_;  // K is formed anew in every iteration, kTogether rows of a block at a time
+  bool has_costs_ = false;  // kernel_ holds the costs for now
+  bool is_streaming_;       // K is formed anew in every iteration, kTogether rows of a block at a time
   Scratch<A> kernel_;
   Scratch<A> u_, row_factor_, row_kappa_;
   Scratch<A> v_, next_v_, partial_, column_factor_, column_kappa_, shifted_, shifted_low_, maxima_;
