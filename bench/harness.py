@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .machine import cache_bytes, core_count
-from .memory import launch_count, peak_extra_bytes
+from .memory import RESIDENT_BYTES, launch_count, peak_extra_bytes
 
 OURS = "ours"
 FLOOR = "floor"
@@ -56,7 +56,8 @@ class Contender:
 @dataclass(frozen=True)
 class Workload:
     """`make_inputs` returns tensors, nested in tuples and lists as the contenders like them. `cached`: in real use the
-    inputs have just been computed and are small, so one set is used over and over."""
+    inputs have just been computed and are small, so one set is used over and over. `resident`: what a call needs beside
+    its small inputs is large, and no tensor owns all of it."""
 
     operator: str
     name: str
@@ -65,6 +66,7 @@ class Workload:
     make_inputs: Callable[[torch.Generator], Any]
     contenders: list[Contender]
     cached: bool = False
+    resident: bool = False
 
     def __str__(self) -> str:
         return f"{self.operator} {self.name} {self.dtype}"
@@ -223,7 +225,7 @@ class Runner:
         self.samples_left = 0
         self.result = Measurement(workload.operator, workload.name, workload.dtype, workload.device, contender.name)
         self._inputs = inputs
-        self._input_bytes = input_bytes(inputs[0])
+        self._input_bytes = max(input_bytes(inputs[0]), RESIDENT_BYTES if workload.resident else 0)
         self._seconds = seconds
         self._calls: list[Call | None] = [None] * len(inputs)
         self.calls_per_sample = 1
