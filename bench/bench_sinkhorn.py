@@ -1,4 +1,4 @@
-"""Sinkhorn transport, balanced, weights uniform: potentials and value on a dense cost, value and gradients between points.
+"""Sinkhorn transport, balanced, weights uniform: the value on a dense cost, value and gradients between points.
 
 All contenders make the same number of iterations at the same epsilon, none stops early. Costs are of points in the unit
 cube; epsilon is a twentieth of their mean, so that the exponentials of POT's plain form are numbers.

@@ -40,9 +40,8 @@ def solver(epsilon: float, iterations: int, **arrays: Tensor) -> Callable[[], fl
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert process.stdin is not None and process.stdout is not None
         ask, answer = process.stdin, process.stdout
-        if answer.readline() != "ready\n":
+        if ask is None or answer is None or answer.readline() != "ready\n":
             raise RuntimeError("OTT-JAX did not come up: see its error above")
 
     def call() -> float:
