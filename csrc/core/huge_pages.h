@@ -13,7 +13,7 @@ namespace pyreg {
 
 // Asks for 2 MB pages on the aligned inside of a large output that nothing has touched yet. Advice only: where the
 // system declines, the output is merely slower to fill.
-inline void advise_huge_pages(void* data, size_t bytes) {
+inline __attribute__((always_inline)) void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
