@@ -1,6 +1,6 @@
 // CPU kernels of ConR: masks, pushes and distances of a tile's pairs; formulas: conr.h, passes: core/pair_passes.h.
 // They take 8 to 16 bytes of every pair's labels from cache and one exponential; the products that make the scores take
-// D times 2 operations.
+// D times 2 operations, of all pairs or, where they are few, of those that are positive or negative.
 #include "conr/conr.h"
 
 #include "core/pair_passes.h"

@@ -5,7 +5,7 @@
 // read or turned into H, and multiplied again while they lie in the second-level cache. With 4096 x 512 floats on two
 // cores the bare products of such panels run at 0.95 of the speed of undivided ones.
 //
-// Bytes beyond inputs and outputs: the rows of length 1, the sum of H z, one panel: O(N D).
+// Bytes beyond inputs and outputs: the rows of length 1, the sum of H z, one panel, or all of kHeldRows: O(N D).
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>

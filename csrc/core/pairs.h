@@ -10,7 +10,9 @@
 //
 // The scores are made a tile at a time by torch's matrix product, read by the statistics pass, made again in the
 // backward, and turned in their place into H, which two more products take. Where rows and columns are the same, only
-// the tiles on and above the diagonal are made: one exponential serves both of a pair's rows, H its both gradients.
+// the tiles on and above the diagonal are made: one exponential serves both of a pair's rows, H its both gradients. Of
+// few rows the scores are held and made once. Where few of a tile's pairs mean anything, they take a dot product each
+// instead of the tile's product (pair_samples.h).
 //
 // Two ways to keep exp in range. Bounded: every exponent lies within kBoundedRange of the same `shift`, so that no sum
 // underflows. Otherwise each row and column has a running maximum and takes an exponential of its own.
