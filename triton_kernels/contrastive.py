@@ -50,7 +50,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pyreg.triton_kernels._shared import OPTIONS, gpu_family, product_into, product_precision, round_to
+from pyreg.triton_kernels._shared import EMULATED, OPTIONS, gpu_family, product_into, product_precision, round_to
 
 _CONR = tl.constexpr(0)
 _SUPCON = tl.constexpr(1)
@@ -230,10 +230,17 @@ def _add_dimension(total, difference, NORM: tl.constexpr):
 
 @triton.jit
 def _distances(
-    row_ptr, column_ptr, rows, columns, n_rows, n_columns, n_labels, NORM: tl.constexpr, ONE_LABEL: tl.constexpr
+    row_ptr,
+    column_ptr,
+    rows,
+    columns,
+    row_exists,
+    column_exists,
+    n_labels,
+    NORM: tl.constexpr,
+    ONE_LABEL: tl.constexpr,
 ):
     """[ROWS, COLUMNS]; NaN beyond the last row or column, which is in no relation to any."""
-    row_exists, column_exists = rows < n_rows, columns < n_columns
     if ONE_LABEL:
         row_label = tl.load(row_ptr + rows, mask=row_exists, other=float("nan"))
         column_label = tl.load(column_ptr + columns, mask=column_exists, other=float("nan"))
@@ -283,6 +290,27 @@ def _largest_distance(
 
 
 @triton.jit
+def _constant_shift(
+    row, column, row_side, column_side, numbers, SHIFT: tl.constexpr, NORM: tl.constexpr, ONE_LABEL: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """A bound of the tile's exponents, and whether the tile is an inner one: all its pairs exist, none is of a sample
+    and itself or its own positive, and no exponent is so far below the bound that its exponential loses digits."""
+    _, row_labels_ptr, _, _, n_rows = row_side
+    _, column_labels_ptr, _, _, n_columns = column_side
+    n_labels, diagonal, _, scale, push = numbers
+    shift = scale
+    if SHIFT == _BY_TILE:
+        rows, columns = row + tl.arange(0, SIZE), column + tl.arange(0, SIZE)
+        reach = _largest_distance(
+            row_labels_ptr, column_labels_ptr, rows, columns, n_rows, n_columns, n_labels, NORM, ONE_LABEL
+        )
+        shift += push * reach.to(scale.dtype)
+    is_inner = (row + SIZE <= n_rows) & (column + SIZE <= n_columns) & (scale + shift <= _SMALL_RANGE)
+    return shift, is_inner & (tl.abs(row + diagonal - column) >= SIZE)
+
+
+@triton.jit
 def _products(
     row_operand,
     column_operand,
@@ -317,25 +345,37 @@ def _products(
 
 @triton.jit
 def _relations(
-    rows, columns, row_side, column_side, numbers, LOSS: tl.constexpr, NORM: tl.constexpr, ONE_LABEL: tl.constexpr
+    rows,
+    columns,
+    row_side,
+    column_side,
+    numbers,
+    LOSS: tl.constexpr,
+    NORM: tl.constexpr,
+    ONE_LABEL: tl.constexpr,
+    INNER: tl.constexpr,
 ):
     """Which pairs are positives, which negatives, [ROWS, COLUMNS] each, and for ConR the distances of labels."""
     _, row_labels_ptr, row_preds_ptr, _, n_rows = row_side
     _, column_labels_ptr, column_preds_ptr, _, n_columns = column_side
     n_labels, diagonal, window, _, _ = numbers
-    own = (rows + diagonal)[:, None] == columns[None, :]
+    row_exists, column_exists = rows < n_rows, columns < n_columns
+    if INNER:
+        own = tl.full((rows.shape[0], columns.shape[0]), False, tl.int1)
+        exists = ~own
+    else:
+        own = (rows + diagonal)[:, None] == columns[None, :]
+        exists = row_exists[:, None] & column_exists[None, :]
     if LOSS == _CONR:
         limit = tl.full((), window, row_labels_ptr.dtype.element_ty)
         distance = _distances(
-            row_labels_ptr, column_labels_ptr, rows, columns, n_rows, n_columns, n_labels, NORM, ONE_LABEL
+            row_labels_ptr, column_labels_ptr, rows, columns, row_exists, column_exists, n_labels, NORM, ONE_LABEL
         )
         pred_distance = _distances(
-            row_preds_ptr, column_preds_ptr, rows, columns, n_rows, n_columns, n_labels, NORM, ONE_LABEL
+            row_preds_ptr, column_preds_ptr, rows, columns, row_exists, column_exists, n_labels, NORM, ONE_LABEL
         )
         return (distance <= limit) & ~own, (distance > limit) & (pred_distance <= limit), distance
     else:
-        row_exists, column_exists = rows < n_rows, columns < n_columns
-        exists = row_exists[:, None] & column_exists[None, :]
         same = own
         if row_labels_ptr is not None:
             row_label = tl.load(row_labels_ptr + rows, mask=row_exists, other=0)
@@ -360,6 +400,7 @@ def _exponents(
     NORM: tl.constexpr,
     PUSH: tl.constexpr,
     ONE_LABEL: tl.constexpr,
+    INNER: tl.constexpr,
 ):
     """Exponents of a pair in its row's and its column's loss; whether it is a positive, or a negative; by what the
     exponential of a negative is multiplied in the row's and the column's loss."""
@@ -367,7 +408,9 @@ def _exponents(
     column_inverse_ptr, _, _, column_weights_ptr, n_columns = column_side
     _, _, _, scale, push = numbers
     row_exists, column_exists = rows < n_rows, columns < n_columns
-    positive, negative, distance = _relations(rows, columns, row_side, column_side, numbers, LOSS, NORM, ONE_LABEL)
+    positive, negative, distance = _relations(
+        rows, columns, row_side, column_side, numbers, LOSS, NORM, ONE_LABEL, INNER
+    )
     row_scale = tl.load(row_inverse_ptr + rows, mask=row_exists, other=0.0) * scale
     column_scale = tl.load(column_inverse_ptr + columns, mask=column_exists, other=0.0)
     x = products * row_scale[:, None] * column_scale[None, :]
@@ -411,35 +454,47 @@ def _fraction(old, new):
 
 
 @triton.jit
-def _exponential_sums(
+def _add_triples(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _sum_along(
     x,
     positive,
     negative,
     factor,
     shift,
     AXIS: tl.constexpr,
-    CONSTANT: tl.constexpr,
+    LOSS: tl.constexpr,
+    INNER: tl.constexpr,
     WITH_FACTORS: tl.constexpr,
     TOTAL: tl.constexpr,
 ):
-    """What has been subtracted from the exponents along AXIS, and the sums."""
+    """What has been subtracted from the exponents, exponentials, positives' exponents, positives, negatives."""
     related = positive | negative
-    if CONSTANT:
+    if INNER:
         largest = tl.full((x.shape[1 - AXIS],), shift, TOTAL)
         terms = tl.exp2(x - shift)
     else:
         largest = tl.max(tl.where(related, x, float("-inf")), AXIS)
         finite = tl.where(largest == float("-inf"), 0.0, largest)
         terms = tl.exp2(x - tl.expand_dims(finite, AXIS))
-    return largest, tl.sum(tl.where(related, _weigh(terms, negative, factor, WITH_FACTORS), 0.0), AXIS)
-
-
-@triton.jit
-def _other_sums(x, positive, counts, AXIS: tl.constexpr):
-    """Positives' exponents, positives and negatives."""
-    count = tl.sum(counts, AXIS)
-    negatives = tl.floor(count * (1.0 / _NEGATIVE))
-    return tl.sum(tl.where(positive, x, 0.0), AXIS), count - negatives * _NEGATIVE, negatives
+    terms = tl.where(related, _weigh(terms, negative, factor, WITH_FACTORS), 0.0)
+    if INNER and LOSS == _INFO_NCE:  # no positives here
+        nothing = tl.zeros((x.shape[1 - AXIS],), TOTAL)
+        return largest, tl.sum(terms, AXIS), nothing, nothing, nothing
+    else:
+        scores = tl.where(positive, x, 0.0)
+        counts = tl.where(positive, 1.0, 0.0).to(TOTAL)
+        if LOSS == _CONR:
+            counts = tl.where(negative, _NEGATIVE, counts)
+        if EMULATED:
+            exponentials, positive_sum, count = tl.sum(terms, AXIS), tl.sum(scores, AXIS), tl.sum(counts, AXIS)
+        else:  # at once, and in one layout
+            exponentials, positive_sum, count = tl.reduce((terms, scores, counts), AXIS, _add_triples)
+        negatives = tl.floor(count * (1.0 / _NEGATIVE))
+        return largest, exponentials, positive_sum, count - negatives * _NEGATIVE, negatives
 
 
 @triton.jit
@@ -499,7 +554,7 @@ def _sum_parts(
     PUSH: tl.constexpr,
     ONE_LABEL: tl.constexpr,
     WITH_FACTORS: tl.constexpr,
-    CONSTANT: tl.constexpr,
+    INNER: tl.constexpr,
     WITH_COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
     TOTAL: tl.constexpr,
@@ -513,26 +568,22 @@ def _sum_parts(
         left, right = tl.split(halves)
         sums = _sum_parts(
             left, sums, row, column, row_side, column_side, log_q_ptr, numbers, shift, column_slot, LOSS, NORM, PUSH,
-            ONE_LABEL, WITH_FACTORS, CONSTANT, WITH_COLUMNS, PARTS // 2, TOTAL,
+            ONE_LABEL, WITH_FACTORS, INNER, WITH_COLUMNS, PARTS // 2, TOTAL,
         )  # fmt: skip
         return _sum_parts(
             right, sums, row, column + COLUMNS // 2, row_side, column_side, log_q_ptr, numbers, shift, column_slot,
-            LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, CONSTANT, WITH_COLUMNS, PARTS // 2, TOTAL,
+            LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, INNER, WITH_COLUMNS, PARTS // 2, TOTAL,
         )  # fmt: skip
     else:
         rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
         row_x, column_x, positive, negative, row_factor, column_factor = _exponents(
-            products, rows, columns, row_side, column_side, log_q_ptr, numbers, LOSS, NORM, PUSH, ONE_LABEL
+            products, rows, columns, row_side, column_side, log_q_ptr, numbers, LOSS, NORM, PUSH, ONE_LABEL, INNER
         )
-        counts = tl.where(positive, 1.0, 0.0).to(TOTAL)
-        if LOSS == _CONR:
-            counts = tl.where(negative, _NEGATIVE, counts)
         if WITH_COLUMNS:
             sums_ptr, step, kept, stored = column_slot
-            column_shift, exponentials = _exponential_sums(
-                column_x, positive, negative, column_factor, shift, 0, CONSTANT, WITH_FACTORS, TOTAL
+            column_shift, exponentials, positive_sum, positives, negatives = _sum_along(
+                column_x, positive, negative, column_factor, shift, 0, LOSS, INNER, WITH_FACTORS, TOTAL
             )
-            positive_sum, positives, negatives = _other_sums(column_x, positive, counts, 0)
             old_shift, old_exponentials, old_positive_sum, old_positives, old_negatives = _stored_sums(
                 sums_ptr + columns, step, columns < kept, LOSS == _CONR
             )
@@ -542,10 +593,9 @@ def _sum_parts(
                 sums_ptr + columns, step, column_shift, exponentials, positive_sum + old_positive_sum,
                 positives + old_positives, negatives + old_negatives, columns < stored, LOSS == _CONR,
             )  # fmt: skip
-        row_shift, exponentials = _exponential_sums(
-            row_x, positive, negative, row_factor, shift, 1, CONSTANT, WITH_FACTORS, TOTAL
+        row_shift, exponentials, positive_sum, positives, negatives = _sum_along(
+            row_x, positive, negative, row_factor, shift, 1, LOSS, INNER, WITH_FACTORS, TOTAL
         )
-        positive_sum, positives, negatives = _other_sums(row_x, positive, counts, 1)
         total_shift, total, total_positive_sum, total_positives, total_negatives = sums
         total_shift, total = _add_exponentials(total_shift, total, row_shift, exponentials)
         return (
@@ -642,25 +692,20 @@ def forward_kernel(
                     row_operand, column_operand, row, column, depth, SIZE, DEPTH, DESCRIPTORS, PRECISION, TOTAL
                 )
                 column_slot = (column_sums_ptr, column_step, tl.where(is_first, 0, summed_columns), summed_columns)
-                if SHIFT == _BY_TILE:
-                    reach = _largest_distance(
-                        row_labels_ptr, column_labels_ptr, rows, columns, n_rows, n_columns, n_labels, NORM, ONE_LABEL
-                    )
-                    shift = scale + push * reach.to(TOTAL)
-                    if scale + shift <= _SMALL_RANGE:
-                        sums = _sum_parts(
-                            products, sums, row, column, row_side, column_side, log_q_ptr, numbers, shift,
-                            column_slot, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, True, WITH_COLUMNS, PARTS, TOTAL,
-                        )  # fmt: skip
-                    else:
-                        sums = _sum_parts(
-                            products, sums, row, column, row_side, column_side, log_q_ptr, numbers, shift,
-                            column_slot, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, False, WITH_COLUMNS, PARTS, TOTAL,
-                        )  # fmt: skip
+                shift, is_inner = _constant_shift(
+                    row, column, row_side, column_side, numbers, SHIFT, NORM, ONE_LABEL, SIZE
+                )
+                if SHIFT == _MAXIMUM:
+                    is_inner = False
+                if is_inner:
+                    sums = _sum_parts(
+                        products, sums, row, column, row_side, column_side, log_q_ptr, numbers, shift, column_slot,
+                        LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, True, WITH_COLUMNS, PARTS, TOTAL,
+                    )  # fmt: skip
                 else:
                     sums = _sum_parts(
-                        products, sums, row, column, row_side, column_side, log_q_ptr, numbers, scale, column_slot,
-                        LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, SHIFT == _CONSTANT, WITH_COLUMNS, PARTS, TOTAL,
+                        products, sums, row, column, row_side, column_side, log_q_ptr, numbers, shift, column_slot,
+                        LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, False, WITH_COLUMNS, 2 * PARTS, TOTAL,
                     )  # fmt: skip
             elif WITH_COLUMNS:
                 _store_sums(
@@ -835,7 +880,7 @@ def _store_gradient_parts(
     PUSH: tl.constexpr,
     ONE_LABEL: tl.constexpr,
     WITH_FACTORS: tl.constexpr,
-    CONSTANT: tl.constexpr,
+    INNER: tl.constexpr,
     MIRRORED: tl.constexpr,
     PARTS: tl.constexpr,
     TOTAL: tl.constexpr,
@@ -848,11 +893,11 @@ def _store_gradient_parts(
         left, right = tl.split(halves)
         _store_gradient_parts(
             left, row, column, row_side, column_side, log_q_ptr, numbers, row_losses, column_losses, shift,
-            outer_scale, block, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, CONSTANT, MIRRORED, PARTS // 2, TOTAL,
+            outer_scale, block, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, INNER, MIRRORED, PARTS // 2, TOTAL,
         )  # fmt: skip
         _store_gradient_parts(
             right, row, column + COLUMNS // 2, row_side, column_side, log_q_ptr, numbers, row_losses, column_losses,
-            shift, outer_scale, block, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, CONSTANT, MIRRORED, PARTS // 2, TOTAL,
+            shift, outer_scale, block, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, INNER, MIRRORED, PARTS // 2, TOTAL,
         )  # fmt: skip
     else:
         row_inverse_ptr, _, _, _, n_rows = row_side
@@ -860,11 +905,11 @@ def _store_gradient_parts(
         rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
         row_exists, column_exists = rows < n_rows, columns < n_columns
         row_x, column_x, positive, negative, row_factor, column_factor = _exponents(
-            products, rows, columns, row_side, column_side, log_q_ptr, numbers, LOSS, NORM, PUSH, ONE_LABEL
+            products, rows, columns, row_side, column_side, log_q_ptr, numbers, LOSS, NORM, PUSH, ONE_LABEL, INNER
         )
         lse, alpha, beta = _loss_gradients(row_losses, rows, row_exists)
         beta = beta[:, None]
-        if CONSTANT:
+        if INNER:
             share = tl.broadcast_to((alpha * tl.exp2(shift - lse))[:, None], (ROWS, COLUMNS))
             gradient = _weigh(share, negative, row_factor, WITH_FACTORS)
         else:
@@ -872,12 +917,12 @@ def _store_gradient_parts(
         if column_losses is not None:
             lse, alpha, column_beta = _loss_gradients(column_losses, columns, column_exists)
             beta = beta + column_beta[None, :]
-            if CONSTANT:
+            if INNER:
                 share = tl.broadcast_to((alpha * tl.exp2(shift - lse))[None, :], (ROWS, COLUMNS))
                 gradient += _weigh(share, negative, column_factor, WITH_FACTORS)
             else:
                 gradient += _weigh(tl.exp2(column_x - lse[None, :]) * alpha[None, :], negative, column_factor, WITH_FACTORS)
-        if CONSTANT:
+        if INNER:
             gradient *= tl.exp2(row_x - shift)
         gradient = tl.where(positive | negative, gradient, 0.0)
         gradient = tl.where(positive, gradient - beta, gradient)
@@ -971,26 +1016,18 @@ def gradient_tiles_kernel(
         products = _products(
             row_operand, column_operand, row, column, depth, SIZE, DEPTH, DESCRIPTORS, PRECISION, TOTAL
         )
-        if SHIFT == _BY_TILE:
-            rows, columns = row + tl.arange(0, SIZE), column + tl.arange(0, SIZE)
-            reach = _largest_distance(
-                row_labels_ptr, column_labels_ptr, rows, columns, n_rows, n_columns, n_labels, NORM, ONE_LABEL
-            )
-            shift = scale + push * reach.to(TOTAL)
-            if scale + shift <= _SMALL_RANGE:
-                _store_gradient_parts(
-                    products, row, column, row_side, column_side, log_q_ptr, numbers, row_losses, column_losses,
-                    shift, outer_scale, block, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, True, MIRRORED, PARTS, TOTAL,
-                )  # fmt: skip
-            else:
-                _store_gradient_parts(
-                    products, row, column, row_side, column_side, log_q_ptr, numbers, row_losses, column_losses,
-                    shift, outer_scale, block, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, False, MIRRORED, PARTS, TOTAL,
-                )  # fmt: skip
+        shift, is_inner = _constant_shift(row, column, row_side, column_side, numbers, SHIFT, NORM, ONE_LABEL, SIZE)
+        if SHIFT == _MAXIMUM:
+            is_inner = False
+        if is_inner:
+            _store_gradient_parts(
+                products, row, column, row_side, column_side, log_q_ptr, numbers, row_losses, column_losses, shift,
+                outer_scale, block, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, True, MIRRORED, PARTS, TOTAL,
+            )  # fmt: skip
         else:
             _store_gradient_parts(
-                products, row, column, row_side, column_side, log_q_ptr, numbers, row_losses, column_losses, scale,
-                outer_scale, block, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, SHIFT == _CONSTANT, MIRRORED, PARTS, TOTAL,
+                products, row, column, row_side, column_side, log_q_ptr, numbers, row_losses, column_losses, shift,
+                outer_scale, block, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, False, MIRRORED, PARTS, TOTAL,
             )  # fmt: skip
 
 
