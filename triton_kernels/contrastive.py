@@ -41,1232 +41,88 @@ several times their time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pyreg.triton_kernels._shared import EMULATED, OPTIONS, gpu_family, product_into, product_precision, round_to
-
-_CONR = tl.constexpr(0)
-_SUPCON = tl.constexpr(1)
-_INFO_NCE = tl.constexpr(2)
-
-# What eta d_ij does to a negative of ConR.
-_NO_PUSH = tl.constexpr(0)
-_PUSH_EXPONENT = tl.constexpr(1)
-_PUSH_FACTOR = tl.constexpr(2)
-
-# What is subtracted from exponents before the exponential: a constant, the maximum of the tile's row or column, or
-# whichever of the two the labels of the tile allow.
-_CONSTANT = tl.constexpr(0)
-_MAXIMUM = tl.constexpr(1)
-_BY_TILE = tl.constexpr(2)
-
-_LOG2_E = tl.constexpr(math.log2(math.e))
-_LN_2 = tl.constexpr(math.log(2.0))
-# Exponents of a range of 60 (87 in units of log 2) and sums of 2^31 of them are normal numbers of float32.
-_SMALL_RANGE = tl.constexpr(60 * math.log2(math.e))
-# Counts of positives and negatives in a tile share a sum: more than a tile has rows, and with it exact in float32.
-_NEGATIVE = tl.constexpr(1024.0)
-
-
-# Sizes of which a kernel exists but once: a size of 1 would be a constant, and no tensor.
-_COUNTS = (
-    "n_rows", "n_columns", "n_labels", "n_total", "diagonal", "square_rows", "square_columns", "row_slots",
-    "column_slots", "first_row_tile", "first_column_tile", "row_tiles", "column_tiles", "block_tiles",
-)  # fmt: skip
-
-
-# ---- operands ----
-
-
-@triton.jit
-def _inverse_power(x):
-    """The power of two that brings |x| into [1, 2), as far as it is a normal number."""
-    if x.dtype == tl.float64:
-        exponent = (x.to(tl.int64, bitcast=True) >> 52) & 0x7FF
-        power = tl.minimum(tl.maximum(2046 - exponent, 1), 2045)
-        return (power << 52).to(tl.float64, bitcast=True)
-    else:
-        exponent = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
-        power = tl.minimum(tl.maximum(254 - exponent, 1), 253)
-        return (power << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _square_root(x):
-    """Correctly rounded, so that distances equal to the window are."""
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:
-        return tl.sqrt_rn(x)
-
-
-@triton.jit
-def _prepare_rows(
-    row,
-    features_ptr,
-    order_ptr,
-    operand_ptr,
-    norms_ptr,
-    n_rows,
-    n_features,
-    padded_rows,
-    depth,
-    TOTAL: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    SORTED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    rows = row + tl.arange(0, BLOCK_R)
-    exists = rows < n_rows
-    source = rows.to(tl.int64)
-    if SORTED:
-        source = tl.load(order_ptr + rows, mask=exists, other=0)
-    features_ptr += source[:, None] * n_features
-    features = tl.arange(0, BLOCK_H)[None, :]
-
-    scale = tl.full((BLOCK_R,), 1.0, TOTAL)
-    inverse = tl.full((BLOCK_R,), 1.0, TOTAL)
-    projected = tl.zeros((BLOCK_R,), TOTAL)
-    if NORMALIZE:
-        # The norm of the features times a power of two that follows the largest of them.
-        largest = tl.zeros((BLOCK_R,), TOTAL)
-        scale = _inverse_power(largest)
-        squares = tl.zeros((BLOCK_R,), TOTAL)
-        for start in range(0, n_features, BLOCK_H):
-            inside = exists[:, None] & (start + features < n_features)
-            x = tl.load(features_ptr + start + features, mask=inside, other=0.0).to(TOTAL)
-            largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
-            smaller = _inverse_power(largest)
-            shrink = smaller / scale
-            scaled = x * smaller[:, None]
-            squares = squares * shrink * shrink + tl.sum(scaled * scaled, 1)
-            scale = smaller
-        norm = _square_root(squares)
-        tiny = norm < 1e-12 * scale
-        shrink = _inverse_power(norm)
-        scale = tl.where(tiny, 1e12, scale * shrink)
-        inverse = tl.where(tiny, 1.0, 1.0 / (norm * shrink))
-        projected = tl.where(tiny, 0.0, 1.0).to(TOTAL)
-
-    stored = rows < padded_rows
-    tl.store(norms_ptr + rows, inverse, mask=stored)
-    tl.store(norms_ptr + padded_rows + rows, scale * inverse, mask=stored)
-    tl.store(norms_ptr + 2 * padded_rows + rows, projected, mask=stored)
-    operand_ptr += rows.to(tl.int64)[:, None] * depth
-    for start in range(0, depth, BLOCK_H):
-        inside = exists[:, None] & (start + features < n_features)
-        x = tl.load(features_ptr + start + features, mask=inside, other=0.0).to(TOTAL) * scale[:, None]
-        inside = stored[:, None] & (start + features < depth)
-        tl.store(operand_ptr + start + features, round_to(x, operand_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def prepare_kernel(
-    row_features_ptr,  # [n_rows, n_features]
-    column_features_ptr,  # [n_columns, n_features], or None
-    order_ptr,  # [n_rows] int64: which row comes where, or None
-    row_operand_ptr,  # [padded_rows, depth] receives the features times a power of two a row, then zeros
-    column_operand_ptr,
-    row_norms_ptr,  # [3, padded_rows] receives z / operand, 1 / max(|f|, 1e-12), and whether df loses its part along z
-    column_norms_ptr,
-    n_rows,
-    n_columns,
-    n_features,
-    padded_rows,
-    padded_columns,
-    depth,
-    TOTAL: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    SORTED: tl.constexpr,
-    WITH_COLUMNS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK_R
-    if WITH_COLUMNS:
-        row_programs = tl.cdiv(padded_rows, BLOCK_R)
-        if tl.program_id(0) < row_programs:
-            _prepare_rows(
-                row, row_features_ptr, None, row_operand_ptr, row_norms_ptr, n_rows, n_features, padded_rows, depth,
-                TOTAL, NORMALIZE, False, BLOCK_R, BLOCK_H,
-            )  # fmt: skip
-        else:
-            row -= row_programs * BLOCK_R
-            _prepare_rows(
-                row, column_features_ptr, None, column_operand_ptr, column_norms_ptr, n_columns, n_features,
-                padded_columns, depth, TOTAL, NORMALIZE, False, BLOCK_R, BLOCK_H,
-            )  # fmt: skip
-    else:
-        _prepare_rows(
-            row, row_features_ptr, order_ptr, row_operand_ptr, row_norms_ptr, n_rows, n_features, padded_rows, depth,
-            TOTAL, NORMALIZE, SORTED, BLOCK_R, BLOCK_H,
-        )  # fmt: skip
-
-
-# ---- the pairs of a tile ----
-#
-# A side is (inverse_ptr, labels_ptr, preds_ptr, weights_ptr, n): of its n samples the factors z / operand, for ConR
-# targets [n, n_labels], preds and weights, for supervised contrastive labels and for InfoNCE ids. What a loss does
-# without is None.
-
-
-@triton.jit
-def _add_dimension(total, difference, NORM: tl.constexpr):
-    if NORM == 0:
-        return tl.maximum(total, difference, propagate_nan=tl.PropagateNan.ALL)
-    elif NORM == 1:
-        return total + difference
-    else:
-        return total + difference * difference
-
-
-@triton.jit
-def _distances(
-    row_ptr,
-    column_ptr,
-    rows,
-    columns,
-    row_exists,
-    column_exists,
-    n_labels,
-    NORM: tl.constexpr,
-    ONE_LABEL: tl.constexpr,
-):
-    """[ROWS, COLUMNS]; NaN beyond the last row or column, which is in no relation to any."""
-    if ONE_LABEL:
-        row_label = tl.load(row_ptr + rows, mask=row_exists, other=float("nan"))
-        column_label = tl.load(column_ptr + columns, mask=column_exists, other=float("nan"))
-        return tl.abs(row_label[:, None] - column_label[None, :])
-    else:
-        row_offsets, column_offsets = rows.to(tl.int64) * n_labels, columns.to(tl.int64) * n_labels
-        total = tl.zeros((rows.shape[0], columns.shape[0]), row_ptr.dtype.element_ty)
-        for k in range(n_labels):
-            row_label = tl.load(row_ptr + row_offsets + k, mask=row_exists, other=float("nan"))
-            column_label = tl.load(column_ptr + column_offsets + k, mask=column_exists, other=float("nan"))
-            total = _add_dimension(total, tl.abs(row_label[:, None] - column_label[None, :]), NORM)
-        if NORM == 2:
-            total = _square_root(total)
-        return total
-
-
-@triton.jit
-def _extremes(pointers, exists):
-    """The smallest and the largest number there, NaN aside."""
-    label = tl.load(pointers, mask=exists, other=float("nan"))
-    known = label == label
-    return (
-        tl.min(tl.where(known, label, float("inf")), 0),
-        tl.max(tl.where(known, label, float("-inf")), 0),
-    )
-
-
-@triton.jit
-def _largest_distance(
-    row_ptr, column_ptr, rows, columns, n_rows, n_columns, n_labels, NORM: tl.constexpr, ONE_LABEL: tl.constexpr
-):
-    """A bound of the distances between the rows and the columns."""
-    if ONE_LABEL:
-        row_low, row_high = _extremes(row_ptr + rows, rows < n_rows)
-        column_low, column_high = _extremes(column_ptr + columns, columns < n_columns)
-        return tl.maximum(row_high - column_low, column_high - row_low)
-    else:
-        row_offsets, column_offsets = rows.to(tl.int64) * n_labels, columns.to(tl.int64) * n_labels
-        total = tl.full((), 0.0, row_ptr.dtype.element_ty)
-        for k in range(n_labels):
-            row_low, row_high = _extremes(row_ptr + row_offsets + k, rows < n_rows)
-            column_low, column_high = _extremes(column_ptr + column_offsets + k, columns < n_columns)
-            total = _add_dimension(total, tl.maximum(row_high - column_low, column_high - row_low), NORM)
-        if NORM == 2:
-            total = tl.sqrt(total)
-        return total
-
-
-@triton.jit
-def _constant_shift(
-    row, column, row_side, column_side, numbers, SHIFT: tl.constexpr, NORM: tl.constexpr, ONE_LABEL: tl.constexpr,
-    SIZE: tl.constexpr,
-):  # fmt: skip
-    """A bound of the tile's exponents, and whether the tile is an inner one: all its pairs exist, none is of a sample
-    and itself or its own positive, and no exponent is so far below the bound that its exponential loses digits."""
-    _, row_labels_ptr, _, _, n_rows = row_side
-    _, column_labels_ptr, _, _, n_columns = column_side
-    n_labels, diagonal, _, scale, push = numbers
-    shift = scale
-    if SHIFT == _BY_TILE:
-        rows, columns = row + tl.arange(0, SIZE), column + tl.arange(0, SIZE)
-        reach = _largest_distance(
-            row_labels_ptr, column_labels_ptr, rows, columns, n_rows, n_columns, n_labels, NORM, ONE_LABEL
-        )
-        shift += push * reach.to(scale.dtype)
-    is_inner = (row + SIZE <= n_rows) & (column + SIZE <= n_columns) & (scale + shift <= _SMALL_RANGE)
-    return shift, is_inner & (tl.abs(row + diagonal - column) >= SIZE)
-
-
-@triton.jit
-def _products(
-    row_operand,
-    column_operand,
-    row,
-    column,
-    depth,
-    SIZE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TOTAL: tl.constexpr,
-):
-    """[SIZE, SIZE] products of the operands' rows from `row` and `column` on."""
-    total = tl.zeros((SIZE, SIZE), TOTAL)
-    if DESCRIPTORS:
-        for start in range(0, depth, DEPTH):
-            row_tile = row_operand.load([row, start])
-            column_tile = column_operand.load([column, start])
-            total = tl.dot(row_tile, column_tile.T, total, input_precision=PRECISION, out_dtype=TOTAL)
-    else:
-        features = tl.arange(0, DEPTH)
-        rows, columns = row + tl.arange(0, SIZE), column + tl.arange(0, SIZE)
-        row_pointers = row_operand + rows.to(tl.int64)[:, None] * depth + features[None, :]
-        column_pointers = column_operand + columns.to(tl.int64)[None, :] * depth + features[:, None]
-        for _ in range(0, depth, DEPTH):
-            row_tile, column_tile = tl.load(row_pointers), tl.load(column_pointers)
-            total = tl.dot(row_tile, column_tile, total, input_precision=PRECISION, out_dtype=TOTAL)
-            row_pointers += DEPTH
-            column_pointers += DEPTH
-    return total
-
-
-@triton.jit
-def _relations(
-    rows,
-    columns,
-    row_side,
-    column_side,
-    numbers,
-    LOSS: tl.constexpr,
-    NORM: tl.constexpr,
-    ONE_LABEL: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Which pairs are positives, which negatives, [ROWS, COLUMNS] each, and for ConR the distances of labels."""
-    _, row_labels_ptr, row_preds_ptr, _, n_rows = row_side
-    _, column_labels_ptr, column_preds_ptr, _, n_columns = column_side
-    n_labels, diagonal, window, _, _ = numbers
-    row_exists, column_exists = rows < n_rows, columns < n_columns
-    if INNER:
-        own = tl.full((rows.shape[0], columns.shape[0]), False, tl.int1)
-        exists = ~own
-    else:
-        own = (rows + diagonal)[:, None] == columns[None, :]
-        exists = row_exists[:, None] & column_exists[None, :]
-    if LOSS == _CONR:
-        limit = tl.full((), window, row_labels_ptr.dtype.element_ty)
-        distance = _distances(
-            row_labels_ptr, column_labels_ptr, rows, columns, row_exists, column_exists, n_labels, NORM, ONE_LABEL
-        )
-        pred_distance = _distances(
-            row_preds_ptr, column_preds_ptr, rows, columns, row_exists, column_exists, n_labels, NORM, ONE_LABEL
-        )
-        return (distance <= limit) & ~own, (distance > limit) & (pred_distance <= limit), distance
-    else:
-        same = own
-        if row_labels_ptr is not None:
-            row_label = tl.load(row_labels_ptr + rows, mask=row_exists, other=0)
-            column_label = tl.load(column_labels_ptr + columns, mask=column_exists, other=0)
-            same = row_label[:, None] == column_label[None, :]
-        if LOSS == _SUPCON:
-            return exists & same & ~own, exists & ~same, 0.0
-        else:
-            return exists & own, exists & ~own & ~same, 0.0
-
-
-@triton.jit
-def _exponents(
-    products,
-    rows,
-    columns,
-    row_side,
-    column_side,
-    log_q_ptr,
-    numbers,
-    LOSS: tl.constexpr,
-    NORM: tl.constexpr,
-    PUSH: tl.constexpr,
-    ONE_LABEL: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Exponents of a pair in its row's and its column's loss; whether it is a positive, or a negative; by what the
-    exponential of a negative is multiplied in the row's and the column's loss."""
-    row_inverse_ptr, _, _, row_weights_ptr, n_rows = row_side
-    column_inverse_ptr, _, _, column_weights_ptr, n_columns = column_side
-    _, _, _, scale, push = numbers
-    row_exists, column_exists = rows < n_rows, columns < n_columns
-    positive, negative, distance = _relations(
-        rows, columns, row_side, column_side, numbers, LOSS, NORM, ONE_LABEL, INNER
-    )
-    row_scale = tl.load(row_inverse_ptr + rows, mask=row_exists, other=0.0) * scale
-    column_scale = tl.load(column_inverse_ptr + columns, mask=column_exists, other=0.0)
-    x = products * row_scale[:, None] * column_scale[None, :]
-    row_factor = 1.0
-    column_factor = 1.0
-    if PUSH == _PUSH_EXPONENT:
-        x = tl.where(negative, x + distance.to(x.dtype) * push, x)
-    elif PUSH == _PUSH_FACTOR:
-        row_factor = distance.to(x.dtype) * push
-        column_factor = row_factor
-    if row_weights_ptr is not None:
-        row_weight = tl.load(row_weights_ptr + rows, mask=row_exists, other=0.0)[:, None]
-        column_weight = tl.load(column_weights_ptr + columns, mask=column_exists, other=0.0)[None, :]
-        if PUSH == _PUSH_FACTOR:
-            row_factor = row_factor * row_weight
-            column_factor = column_factor * column_weight
-        else:
-            row_factor = row_weight
-            column_factor = column_weight
-    row_x = x
-    if log_q_ptr is not None:
-        log_q = tl.load(log_q_ptr + columns, mask=column_exists, other=0.0).to(x.dtype)
-        row_x = x - (log_q * _LOG2_E)[None, :]
-    return row_x, x, positive, negative, row_factor, column_factor
-
-
-@triton.jit
-def _weigh(x, negative, factor, WITH_FACTORS: tl.constexpr):
-    if WITH_FACTORS:
-        x = tl.where(negative, x * factor, x)
-    return x
-
-
-# ---- forward ----
-
-
-@triton.jit
-def _fraction(old, new):
-    """2^(old - new), 1 where both are infinite."""
-    return tl.where(old == new, 1.0, tl.exp2(old - new))
-
-
-@triton.jit
-def _add_triples(a, b, c, d, e, f):
-    return a + d, b + e, c + f
-
-
-@triton.jit
-def _sum_along(
-    x,
-    positive,
-    negative,
-    factor,
-    shift,
-    AXIS: tl.constexpr,
-    LOSS: tl.constexpr,
-    INNER: tl.constexpr,
-    WITH_FACTORS: tl.constexpr,
-    TOTAL: tl.constexpr,
-):
-    """What has been subtracted from the exponents, exponentials, positives' exponents, positives, negatives."""
-    related = positive | negative
-    if INNER:
-        largest = tl.full((x.shape[1 - AXIS],), shift, TOTAL)
-        terms = tl.exp2(x - shift)
-    else:
-        largest = tl.max(tl.where(related, x, float("-inf")), AXIS)
-        finite = tl.where(largest == float("-inf"), 0.0, largest)
-        terms = tl.exp2(x - tl.expand_dims(finite, AXIS))
-    terms = tl.where(related, _weigh(terms, negative, factor, WITH_FACTORS), 0.0)
-    if INNER and LOSS == _INFO_NCE:  # no positives here
-        nothing = tl.zeros((x.shape[1 - AXIS],), TOTAL)
-        return largest, tl.sum(terms, AXIS), nothing, nothing, nothing
-    else:
-        scores = tl.where(positive, x, 0.0)
-        counts = tl.where(positive, 1.0, 0.0).to(TOTAL)
-        if LOSS == _CONR:
-            counts = tl.where(negative, _NEGATIVE, counts)
-        if EMULATED:
-            exponentials, positive_sum, count = tl.sum(terms, AXIS), tl.sum(scores, AXIS), tl.sum(counts, AXIS)
-        else:  # at once, and in one layout
-            exponentials, positive_sum, count = tl.reduce((terms, scores, counts), AXIS, _add_triples)
-        negatives = tl.floor(count * (1.0 / _NEGATIVE))
-        return largest, exponentials, positive_sum, count - negatives * _NEGATIVE, negatives
-
-
-@triton.jit
-def _stored_sums(sums_ptr, step, inside, WITH_NEGATIVES: tl.constexpr):
-    """Shift, exponentials, positives' scores, positives, negatives in memory; nothing where not inside."""
-    shift = tl.load(sums_ptr, mask=inside, other=float("-inf"))
-    exponentials = tl.load(sums_ptr + step, mask=inside, other=0.0)
-    positive_sum = tl.load(sums_ptr + 2 * step, mask=inside, other=0.0)
-    positives = tl.load(sums_ptr + 3 * step, mask=inside, other=0.0)
-    negatives = positives
-    if WITH_NEGATIVES:
-        negatives = tl.load(sums_ptr + 4 * step, mask=inside, other=0.0)
-    return shift, exponentials, positive_sum, positives, negatives
-
-
-@triton.jit
-def _store_sums(
-    sums_ptr, step, shift, exponentials, positive_sum, positives, negatives, inside, WITH_NEGATIVES: tl.constexpr
-):
-    tl.store(sums_ptr, shift, mask=inside)
-    tl.store(sums_ptr + step, exponentials, mask=inside)
-    tl.store(sums_ptr + 2 * step, positive_sum, mask=inside)
-    tl.store(sums_ptr + 3 * step, positives, mask=inside)
-    if WITH_NEGATIVES:
-        tl.store(sums_ptr + 4 * step, negatives, mask=inside)
-
-
-@triton.jit
-def _add_exponentials(shift, exponentials, other_shift, other_exponentials):
-    larger = tl.maximum(shift, other_shift)
-    return larger, exponentials * _fraction(shift, larger) + other_exponentials * _fraction(other_shift, larger)
-
-
-@triton.jit
-def _triangle(index):
-    """(i, j) with i <= j, in the order of j (j + 1) / 2 + i."""
-    j = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    j = tl.where(j * (j + 1) // 2 > index, j - 1, j)
-    j = tl.where((j + 1) * (j + 2) // 2 <= index, j + 1, j)
-    return index - j * (j + 1) // 2, j
-
-
-@triton.jit
-def _sum_parts(
-    products,
-    sums,
-    row,
-    column,
-    row_side,
-    column_side,
-    log_q_ptr,
-    numbers,
-    shift,
-    column_slot,
-    LOSS: tl.constexpr,
-    NORM: tl.constexpr,
-    PUSH: tl.constexpr,
-    ONE_LABEL: tl.constexpr,
-    WITH_FACTORS: tl.constexpr,
-    INNER: tl.constexpr,
-    WITH_COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
-    TOTAL: tl.constexpr,
-):
-    """Adds a tile to its rows' sums and, in memory, to its columns'. A part of its columns at a time: what is made of
-    the products takes several times their registers."""
-    ROWS: tl.constexpr = products.shape[0]
-    COLUMNS: tl.constexpr = products.shape[1]
-    if PARTS > 1:
-        halves = tl.permute(tl.reshape(products, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        sums = _sum_parts(
-            left, sums, row, column, row_side, column_side, log_q_ptr, numbers, shift, column_slot, LOSS, NORM, PUSH,
-            ONE_LABEL, WITH_FACTORS, INNER, WITH_COLUMNS, PARTS // 2, TOTAL,
-        )  # fmt: skip
-        return _sum_parts(
-            right, sums, row, column + COLUMNS // 2, row_side, column_side, log_q_ptr, numbers, shift, column_slot,
-            LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, INNER, WITH_COLUMNS, PARTS // 2, TOTAL,
-        )  # fmt: skip
-    else:
-        rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-        row_x, column_x, positive, negative, row_factor, column_factor = _exponents(
-            products, rows, columns, row_side, column_side, log_q_ptr, numbers, LOSS, NORM, PUSH, ONE_LABEL, INNER
-        )
-        if WITH_COLUMNS:
-            sums_ptr, step, kept, stored = column_slot
-            column_shift, exponentials, positive_sum, positives, negatives = _sum_along(
-                column_x, positive, negative, column_factor, shift, 0, LOSS, INNER, WITH_FACTORS, TOTAL
-            )
-            old_shift, old_exponentials, old_positive_sum, old_positives, old_negatives = _stored_sums(
-                sums_ptr + columns, step, columns < kept, LOSS == _CONR
-            )
-            tl.debug_barrier()  # threads that hold the same element have read it before one of them writes
-            column_shift, exponentials = _add_exponentials(column_shift, exponentials, old_shift, old_exponentials)
-            _store_sums(
-                sums_ptr + columns, step, column_shift, exponentials, positive_sum + old_positive_sum,
-                positives + old_positives, negatives + old_negatives, columns < stored, LOSS == _CONR,
-            )  # fmt: skip
-        row_shift, exponentials, positive_sum, positives, negatives = _sum_along(
-            row_x, positive, negative, row_factor, shift, 1, LOSS, INNER, WITH_FACTORS, TOTAL
-        )
-        total_shift, total, total_positive_sum, total_positives, total_negatives = sums
-        total_shift, total = _add_exponentials(total_shift, total, row_shift, exponentials)
-        return (
-            total_shift,
-            total,
-            total_positive_sum + positive_sum,
-            total_positives + positives,
-            total_negatives + negatives,
-        )
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def forward_kernel(
-    row_operand,  # [.., depth], or its descriptor
-    column_operand,
-    row_inverse_ptr,  # [n_rows] z / operand
-    column_inverse_ptr,
-    row_labels_ptr,  # ConR: targets [n_rows, n_labels]; supervised: labels [n_rows] int64; InfoNCE: ids, or None
-    column_labels_ptr,
-    row_preds_ptr,  # ConR: preds [n_rows, n_labels]
-    column_preds_ptr,
-    row_weights_ptr,  # ConR: [n_rows], or None
-    column_weights_ptr,
-    log_q_ptr,  # InfoNCE: [n_columns], or None
-    active_ptr,  # [row tiles, column tiles] int8: 0 where a tile has no positives and negatives, or None
-    row_sums_ptr,  # [4 or 5, row slots, n_rows] receives shift, exponentials, positives' scores, positives, negatives
-    column_sums_ptr,  # [4 or 5, column slots, n_columns]; row_sums_ptr where rows and columns are one
-    n_rows,
-    n_columns,
-    depth,
-    n_labels,
-    diagonal,  # the column of row 0 itself, or of its positive
-    square_rows,  # tiles of a program's square
-    square_columns,
-    score_scale: tl.float64,  # log2(e) / temperature
-    push_scale: tl.float64,  # eta, times log2(e) in an exponent
-    window: tl.float64,
-    LOSS: tl.constexpr,
-    NORM: tl.constexpr,
-    PUSH: tl.constexpr,
-    SHIFT: tl.constexpr,
-    ONE_LABEL: tl.constexpr,
-    WITH_FACTORS: tl.constexpr,
-    TRIANGLE: tl.constexpr,
-    WITH_COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
-    SIZE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TOTAL: tl.constexpr,
-):
-    """A program takes a square of tiles, rows of tiles in turn.
-
-    A row's sums over the square stay in registers; a column's are added to its slot in memory, which no other program
-    has. Of a triangle's squares on the diagonal, all tiles are computed and rows alone have sums.
-    """
-    row_tiles, column_tiles = tl.cdiv(n_rows, SIZE), tl.cdiv(n_columns, SIZE)
-    row_squares, column_squares = tl.cdiv(row_tiles, square_rows), tl.cdiv(column_tiles, square_columns)
-    summed_columns = n_columns  # those before it have sums
-    if TRIANGLE:
-        square_row, square_column = _triangle(tl.program_id(0))
-        summed_columns = tl.where(square_row == square_column, 0, n_columns)
-    else:
-        square_row, square_column = tl.program_id(0) % row_squares, tl.program_id(0) // row_squares
-    row_step = column_squares.to(tl.int64) * n_rows
-    column_step = row_squares.to(tl.int64) * n_columns
-    row_sums_ptr += square_column.to(tl.int64) * n_rows
-    column_sums_ptr += square_row.to(tl.int64) * n_columns
-
-    scale = tl.full((), score_scale, TOTAL)
-    push = tl.full((), push_scale, TOTAL)
-    row_side = (row_inverse_ptr, row_labels_ptr, row_preds_ptr, row_weights_ptr, n_rows)
-    column_side = (column_inverse_ptr, column_labels_ptr, column_preds_ptr, column_weights_ptr, n_columns)
-    numbers = (n_labels, diagonal, window, scale, push)
-    nothing = tl.zeros((SIZE,), TOTAL)
-    least = tl.full((SIZE,), float("-inf"), TOTAL)
-    for row_in_square in range(square_rows):
-        row_tile = square_row * square_rows + row_in_square
-        is_first = row_tile == square_row * square_rows
-        row = row_tile * SIZE
-        rows = row + tl.arange(0, SIZE)
-        sums = (least, nothing, nothing, nothing, nothing)
-        for column_in_square in range(square_columns):
-            column_tile = square_column * square_columns + column_in_square
-            column = column_tile * SIZE
-            columns = column + tl.arange(0, SIZE)
-            is_active = (row < n_rows) & (column < n_columns)
-            if active_ptr is not None:
-                offset = row_tile.to(tl.int64) * column_tiles + column_tile
-                is_active = tl.load(active_ptr + offset, mask=is_active, other=0) != 0
-            if is_active:
-                products = _products(
-                    row_operand, column_operand, row, column, depth, SIZE, DEPTH, DESCRIPTORS, PRECISION, TOTAL
-                )
-                column_slot = (column_sums_ptr, column_step, tl.where(is_first, 0, summed_columns), summed_columns)
-                shift, is_inner = _constant_shift(
-                    row, column, row_side, column_side, numbers, SHIFT, NORM, ONE_LABEL, SIZE
-                )
-                if SHIFT == _MAXIMUM:
-                    is_inner = False
-                if is_inner:
-                    sums = _sum_parts(
-                        products, sums, row, column, row_side, column_side, log_q_ptr, numbers, shift, column_slot,
-                        LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, True, WITH_COLUMNS, PARTS, TOTAL,
-                    )  # fmt: skip
-                else:
-                    sums = _sum_parts(
-                        products, sums, row, column, row_side, column_side, log_q_ptr, numbers, shift, column_slot,
-                        LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, False, WITH_COLUMNS, 2 * PARTS, TOTAL,
-                    )  # fmt: skip
-            elif WITH_COLUMNS:
-                _store_sums(
-                    column_sums_ptr + columns, column_step, least, nothing, nothing, nothing, nothing,
-                    columns < tl.where(is_first, summed_columns, 0), LOSS == _CONR,
-                )  # fmt: skip
-        shift, exponentials, positive_sum, positives, negatives = sums
-        _store_sums(
-            row_sums_ptr + rows, row_step, shift, exponentials, positive_sum, positives, negatives, rows < n_rows,
-            LOSS == _CONR,
-        )  # fmt: skip
-        if WITH_COLUMNS:
-            tl.debug_barrier()  # before other threads read what these have stored
-
-
-@triton.jit
-def _row_terms(
-    sums_ptr,  # [4 or 5, n_slots, n_rows]
-    weights_ptr,
-    statistics_ptr,  # [3, n_rows] receives lse, alpha, beta
-    targets,  # where rows go there
-    rows,
-    n_rows,
-    n_slots,
-    n_total,
-    LOSS: tl.constexpr,
-    VARIANT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Losses of rows, and 1 where a row counts, else 0: [BLOCK_R] float64."""
-    exists = rows < n_rows
-    slots = tl.arange(0, BLOCK_T)
-    step = n_slots.to(tl.int64) * n_rows
-    TOTAL: tl.constexpr = sums_ptr.dtype.element_ty
-    largest = tl.full((BLOCK_R,), float("-inf"), TOTAL)
-    for start in range(0, n_slots, BLOCK_T):
-        inside = (start + slots < n_slots)[:, None] & exists[None, :]
-        pointers = sums_ptr + (start + slots).to(tl.int64)[:, None] * n_rows + rows[None, :]
-        largest = tl.maximum(largest, tl.max(tl.load(pointers, mask=inside, other=float("-inf")), 0))
-    exponentials = tl.zeros((BLOCK_R,), tl.float64)
-    positive_sum = tl.zeros((BLOCK_R,), tl.float64)
-    positives = tl.zeros((BLOCK_R,), tl.float64)
-    negatives = tl.zeros((BLOCK_R,), tl.float64)
-    for start in range(0, n_slots, BLOCK_T):
-        inside = (start + slots < n_slots)[:, None] & exists[None, :]
-        pointers = sums_ptr + (start + slots).to(tl.int64)[:, None] * n_rows + rows[None, :]
-        fraction = _fraction(tl.load(pointers, mask=inside, other=float("-inf")), largest[None, :]).to(tl.float64)
-        exponentials += tl.sum(fraction * tl.load(pointers + step, mask=inside, other=0.0).to(tl.float64), 0)
-        positive_sum += tl.sum(tl.load(pointers + 2 * step, mask=inside, other=0.0).to(tl.float64), 0)
-        positives += tl.sum(tl.load(pointers + 3 * step, mask=inside, other=0.0).to(tl.float64), 0)
-        if LOSS == _CONR:
-            negatives += tl.sum(tl.load(pointers + 4 * step, mask=inside, other=0.0).to(tl.float64), 0)
-
-    shift = tl.where(largest == float("-inf"), 0.0, largest).to(tl.float64)
-    active = positives > 0
-    alpha = tl.full((BLOCK_R,), 1.0, tl.float64)
-    beta = tl.full((BLOCK_R,), 1.0, tl.float64)
-    if LOSS == _CONR:
-        active = active & (negatives > 0)
-        if VARIANT > 0:  # masked entries enter as exp(0)
-            larger = tl.maximum(shift, 0.0)
-            exponentials = exponentials * tl.exp2(shift - larger) + (n_total - positives) * tl.exp2(-larger)
-            shift = larger
-        if VARIANT == 2:
-            beta = 1.0 / (positives + 1.0)
-            alpha = positives * beta
-        else:
-            if weights_ptr is not None:
-                alpha = tl.load(weights_ptr + rows, mask=exists, other=0.0).to(tl.float64)
-                active = active & (alpha != 0.0)
-            beta = alpha / tl.maximum(positives, 1.0)
-    elif LOSS == _SUPCON:
-        beta = 1.0 / tl.maximum(positives, 1.0)
-    lse = tl.where(active, shift * _LN_2 + tl.log(tl.where(active, exponentials, 1.0)), 0.0)
-    alpha = tl.where(active, alpha, 0.0)
-    beta = tl.where(active, beta, 0.0)
-    tl.store(statistics_ptr + targets, lse.to(TOTAL), mask=exists)
-    tl.store(statistics_ptr + n_rows + targets, alpha.to(TOTAL), mask=exists)
-    tl.store(statistics_ptr + 2 * n_rows + targets, beta.to(TOTAL), mask=exists)
-    return tl.where(active, alpha * lse - beta * (positive_sum * _LN_2), 0.0), tl.where(active, 1.0, 0.0)
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def finish_kernel(
-    row_sums_ptr,
-    column_sums_ptr,  # of InfoNCE in both directions, or None
-    weights_ptr,
-    order_ptr,
-    row_statistics_ptr,
-    column_statistics_ptr,
-    loss_ptr,  # [n_rows], or [] where one program sums them
-    partial_ptr,  # [2, programs] float64 receives sums of losses and counts of rows where several programs do
-    n_rows,
-    row_slots,
-    column_slots,
-    n_total,  # samples in all; also what the mean divides by
-    LOSS: tl.constexpr,
-    VARIANT: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """From sums to statistics, losses and, in one program, the reduced loss."""
-    losses = tl.zeros((BLOCK_R,), tl.float64)
-    counts = tl.zeros((BLOCK_R,), tl.float64)
-    for start in range(tl.program_id(0) * BLOCK_R, n_rows, tl.num_programs(0) * BLOCK_R):
-        rows = start + tl.arange(0, BLOCK_R)
-        targets = rows.to(tl.int64)
-        if order_ptr is not None:
-            targets = tl.load(order_ptr + rows, mask=rows < n_rows, other=0)
-        loss, count = _row_terms(
-            row_sums_ptr, weights_ptr, row_statistics_ptr, targets, rows, n_rows, row_slots, n_total, LOSS, VARIANT,
-            BLOCK_R, BLOCK_T,
-        )  # fmt: skip
-        if column_sums_ptr is not None:
-            column_loss, _ = _row_terms(
-                column_sums_ptr, None, column_statistics_ptr, targets, rows, n_rows, column_slots, n_total, LOSS,
-                VARIANT, BLOCK_R, BLOCK_T,
-            )  # fmt: skip
-            loss = 0.5 * (loss + column_loss)
-        if REDUCTION == 0:
-            result = round_to(loss.to(row_sums_ptr.dtype.element_ty), loss_ptr.dtype.element_ty)
-            tl.store(loss_ptr + targets, result, mask=rows < n_rows)
-        losses += tl.where(rows < n_rows, loss, 0.0)
-        counts += tl.where(rows < n_rows, count, 0.0)
-    if REDUCTION != 0:
-        total, count = tl.sum(losses, 0), tl.sum(counts, 0)
-        if partial_ptr is not None:
-            tl.store(partial_ptr + tl.program_id(0), total)
-            tl.store(partial_ptr + tl.num_programs(0) + tl.program_id(0), count)
-        else:
-            if REDUCTION == 1:
-                if LOSS == _SUPCON:
-                    total = total / tl.maximum(count, 1.0)
-                else:
-                    total = total / n_total
-            result = round_to(total.to(row_sums_ptr.dtype.element_ty), loss_ptr.dtype.element_ty)
-            tl.store(loss_ptr, result)
-
-
-# ---- backward ----
-
-
-@triton.jit
-def _loss_gradients(losses, samples, exists):
-    """lse in units of log 2, and alpha and beta times the gradient of the loss."""
-    statistics_ptr, step, upstream_ptr = losses
-    upstream = tl.load(upstream_ptr + samples, mask=exists, other=0.0)
-    lse = tl.load(statistics_ptr + samples, mask=exists, other=0.0) * _LOG2_E
-    alpha = tl.load(statistics_ptr + step + samples, mask=exists, other=0.0) * upstream
-    beta = tl.load(statistics_ptr + 2 * step + samples, mask=exists, other=0.0) * upstream
-    return tl.where(alpha == 0.0, float("inf"), lse), alpha, beta  # no exponential of a row that does not count
-
-
-@triton.jit
-def _store_gradient_parts(
-    products,
-    row,
-    column,
-    row_side,
-    column_side,
-    log_q_ptr,
-    numbers,
-    row_losses,
-    column_losses,
-    shift,
-    outer_scale,
-    block,
-    LOSS: tl.constexpr,
-    NORM: tl.constexpr,
-    PUSH: tl.constexpr,
-    ONE_LABEL: tl.constexpr,
-    WITH_FACTORS: tl.constexpr,
-    INNER: tl.constexpr,
-    MIRRORED: tl.constexpr,
-    PARTS: tl.constexpr,
-    TOTAL: tl.constexpr,
-):
-    """Stores the tile's H, a part of its columns at a time."""
-    ROWS: tl.constexpr = products.shape[0]
-    COLUMNS: tl.constexpr = products.shape[1]
-    if PARTS > 1:
-        halves = tl.permute(tl.reshape(products, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        _store_gradient_parts(
-            left, row, column, row_side, column_side, log_q_ptr, numbers, row_losses, column_losses, shift,
-            outer_scale, block, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, INNER, MIRRORED, PARTS // 2, TOTAL,
-        )  # fmt: skip
-        _store_gradient_parts(
-            right, row, column + COLUMNS // 2, row_side, column_side, log_q_ptr, numbers, row_losses, column_losses,
-            shift, outer_scale, block, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, INNER, MIRRORED, PARTS // 2, TOTAL,
-        )  # fmt: skip
-    else:
-        row_inverse_ptr, _, _, _, n_rows = row_side
-        column_inverse_ptr, _, _, _, n_columns = column_side
-        rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-        row_exists, column_exists = rows < n_rows, columns < n_columns
-        row_x, column_x, positive, negative, row_factor, column_factor = _exponents(
-            products, rows, columns, row_side, column_side, log_q_ptr, numbers, LOSS, NORM, PUSH, ONE_LABEL, INNER
-        )
-        lse, alpha, beta = _loss_gradients(row_losses, rows, row_exists)
-        beta = beta[:, None]
-        if INNER:
-            share = tl.broadcast_to((alpha * tl.exp2(shift - lse))[:, None], (ROWS, COLUMNS))
-            gradient = _weigh(share, negative, row_factor, WITH_FACTORS)
-        else:
-            gradient = _weigh(tl.exp2(row_x - lse[:, None]) * alpha[:, None], negative, row_factor, WITH_FACTORS)
-        if column_losses is not None:
-            lse, alpha, column_beta = _loss_gradients(column_losses, columns, column_exists)
-            beta = beta + column_beta[None, :]
-            if INNER:
-                share = tl.broadcast_to((alpha * tl.exp2(shift - lse))[None, :], (ROWS, COLUMNS))
-                gradient += _weigh(share, negative, column_factor, WITH_FACTORS)
-            else:
-                gradient += _weigh(tl.exp2(column_x - lse[None, :]) * alpha[None, :], negative, column_factor, WITH_FACTORS)
-        if INNER:
-            gradient *= tl.exp2(row_x - shift)
-        gradient = tl.where(positive | negative, gradient, 0.0)
-        gradient = tl.where(positive, gradient - beta, gradient)
-        row_scale = tl.load(row_inverse_ptr + rows, mask=row_exists, other=0.0) * outer_scale
-        column_scale = tl.load(column_inverse_ptr + columns, mask=column_exists, other=0.0)
-        gradient = gradient * row_scale[:, None] * column_scale[None, :]
-
-        block_ptr, stride, first_row, first_column, mirrored_columns = block
-        gradient = round_to(gradient, block_ptr.dtype.element_ty)
-        block_rows, block_columns = rows - first_row, columns - first_column
-        tl.store(block_ptr + block_rows.to(tl.int64)[:, None] * stride + block_columns[None, :], gradient)
-        if MIRRORED:
-            pointers = block_ptr + block_columns.to(tl.int64)[None, :] * stride + block_rows[:, None]
-            tl.store(pointers, gradient, mask=(block_columns < mirrored_columns)[None, :])
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def gradient_tiles_kernel(
-    row_operand,
-    column_operand,
-    row_inverse_ptr,
-    column_inverse_ptr,
-    row_labels_ptr,
-    column_labels_ptr,
-    row_preds_ptr,
-    column_preds_ptr,
-    row_weights_ptr,
-    column_weights_ptr,
-    log_q_ptr,
-    active_ptr,
-    row_statistics_ptr,  # [3, ..]: lse, alpha, beta
-    column_statistics_ptr,  # or None where columns have no loss
-    row_upstream_ptr,  # [n_rows] gradients of the rows' losses
-    column_upstream_ptr,
-    scale_ptr,  # [] a power of two, or None
-    block_ptr,  # [.., block_stride] receives H z / operand of row and column, times scale / temperature
-    n_rows,
-    n_columns,
-    depth,
-    n_labels,
-    diagonal,
-    first_row_tile,  # of the block
-    first_column_tile,
-    row_tiles,  # in the block
-    block_stride,
-    row_statistics_step,
-    column_statistics_step,
-    score_scale: tl.float64,
-    push_scale: tl.float64,
-    window: tl.float64,
-    gradient_scale: tl.float64,  # 1 / temperature
-    LOSS: tl.constexpr,
-    NORM: tl.constexpr,
-    PUSH: tl.constexpr,
-    SHIFT: tl.constexpr,
-    ONE_LABEL: tl.constexpr,
-    WITH_FACTORS: tl.constexpr,
-    MIRRORED: tl.constexpr,
-    PARTS: tl.constexpr,
-    SIZE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TOTAL: tl.constexpr,
-):
-    """A program takes a tile; of a block on the diagonal (MIRRORED) one of the upper triangle, stored twice."""
-    if MIRRORED:
-        row_tile, column_tile = _triangle(tl.program_id(0))
-    else:
-        row_tile, column_tile = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
-    first_row, first_column = first_row_tile * SIZE, first_column_tile * SIZE
-    row, column = first_row + row_tile * SIZE, first_column + column_tile * SIZE
-    is_active = True
-    if active_ptr is not None:
-        tiles = (first_row_tile + row_tile).to(tl.int64) * tl.cdiv(n_columns, SIZE) + first_column_tile + column_tile
-        is_active = tl.load(active_ptr + tiles) != 0
-    if is_active:
-        scale = tl.full((), score_scale, TOTAL)
-        push = tl.full((), push_scale, TOTAL)
-        outer_scale = tl.full((), gradient_scale, TOTAL)
-        if scale_ptr is not None:
-            outer_scale *= tl.load(scale_ptr)
-        row_side = (row_inverse_ptr, row_labels_ptr, row_preds_ptr, row_weights_ptr, n_rows)
-        column_side = (column_inverse_ptr, column_labels_ptr, column_preds_ptr, column_weights_ptr, n_columns)
-        numbers = (n_labels, diagonal, window, scale, push)
-        row_losses = (row_statistics_ptr, row_statistics_step, row_upstream_ptr)
-        column_losses = None
-        if column_statistics_ptr is not None:
-            column_losses = (column_statistics_ptr, column_statistics_step, column_upstream_ptr)
-        block = (block_ptr, block_stride, first_row, first_column, tl.where(row_tile == column_tile, 0, block_stride))
-        products = _products(
-            row_operand, column_operand, row, column, depth, SIZE, DEPTH, DESCRIPTORS, PRECISION, TOTAL
-        )
-        shift, is_inner = _constant_shift(row, column, row_side, column_side, numbers, SHIFT, NORM, ONE_LABEL, SIZE)
-        if SHIFT == _MAXIMUM:
-            is_inner = False
-        if is_inner:
-            _store_gradient_parts(
-                products, row, column, row_side, column_side, log_q_ptr, numbers, row_losses, column_losses, shift,
-                outer_scale, block, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, True, MIRRORED, PARTS, TOTAL,
-            )  # fmt: skip
-        else:
-            _store_gradient_parts(
-                products, row, column, row_side, column_side, log_q_ptr, numbers, row_losses, column_losses, shift,
-                outer_scale, block, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, False, MIRRORED, PARTS, TOTAL,
-            )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def finish_gradient_kernel(
-    product_ptr,  # [n_rows, depth] sum_j H_ij z_j, times z / operand of the row, and times scale
-    operand_ptr,  # [n_rows, depth]
-    norms_ptr,  # [3, ..], as prepare_kernel stores them
-    order_ptr,
-    scale_ptr,
-    out_ptr,  # [n_rows, n_features]
-    n_rows,
-    n_features,
-    depth,
-    norms_step,
-    NORMALIZE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """df = (dz - z (z . dz)) / |f|"""
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    exists = rows < n_rows
-    targets = rows.to(tl.int64)
-    if order_ptr is not None:
-        targets = tl.load(order_ptr + rows, mask=exists, other=0)
-    offsets = rows.to(tl.int64)[:, None] * depth
-    out_ptr += targets[:, None] * n_features
-    features = tl.arange(0, BLOCK_H)[None, :]
-    TOTAL: tl.constexpr = product_ptr.dtype.element_ty
-    inverse = tl.load(norms_ptr + rows, mask=exists, other=1.0)
-    outer = tl.load(norms_ptr + norms_step + rows, mask=exists, other=0.0)
-    factor = outer / inverse
-    if scale_ptr is not None:
-        factor /= tl.load(scale_ptr)
-    along = tl.zeros((BLOCK_R,), TOTAL)
-    if NORMALIZE:
-        for start in range(0, n_features, BLOCK_H):
-            inside = exists[:, None] & (start + features < n_features)
-            product = tl.load(product_ptr + offsets + start + features, mask=inside, other=0.0)
-            z = tl.load(operand_ptr + offsets + start + features, mask=inside, other=0.0).to(TOTAL)
-            along += tl.sum(z * product, 1)
-        along *= inverse * inverse * tl.load(norms_ptr + 2 * norms_step + rows, mask=exists, other=0.0)
-    for start in range(0, n_features, BLOCK_H):
-        inside = exists[:, None] & (start + features < n_features)
-        gradient = tl.load(product_ptr + offsets + start + features, mask=inside, other=0.0)
-        if NORMALIZE:
-            z = tl.load(operand_ptr + offsets + start + features, mask=inside, other=0.0).to(TOTAL)
-            gradient -= z * along[:, None]
-        gradient = round_to(gradient * factor[:, None], out_ptr.dtype.element_ty)
-        tl.store(out_ptr + start + features, gradient, mask=inside)
-
-
-# ---- skipped tiles ----
-
-
-@triton.jit
-def _gaps(labels_ptr, tile, others, n_rows, n_labels, NORM: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr):
-    """Bounds from below of the distances between a tile's samples and the other tiles': [CHUNK]."""
-    own = tile * SIZE + tl.arange(0, SIZE)
-    samples = others[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    total = tl.zeros((CHUNK,), labels_ptr.dtype.element_ty)
-    for k in range(n_labels):
-        low, high = _extremes(labels_ptr + own.to(tl.int64) * n_labels + k, own < n_rows)
-        label = tl.load(labels_ptr + samples.to(tl.int64) * n_labels + k, mask=samples < n_rows, other=float("nan"))
-        known = label == label
-        others_low = tl.min(tl.where(known, label, float("inf")), 1)
-        others_high = tl.max(tl.where(known, label, float("-inf")), 1)
-        total = _add_dimension(total, tl.maximum(tl.maximum(low - others_high, others_low - high), 0.0), NORM)
-    if NORM == 2:
-        total = _square_root(total)
-    return total
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def active_tiles_kernel(
-    labels_ptr,  # [n_rows, n_labels]
-    preds_ptr,
-    active_ptr,  # [n_tiles, n_tiles] int8 receives 1 where a tile may have positives or negatives
-    list_ptr,  # [n_tiles, n_blocks, block_tiles] int32 receives for each tile the numbers of the active ones of a block
-    length_ptr,  # [n_tiles, n_blocks] int32 receives how many these are
-    n_rows,
-    n_labels,
-    block_tiles,
-    window: tl.float64,
-    NORM: tl.constexpr,
-    SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """A program takes one tile of rows and a block of tiles of columns."""
-    n_tiles = tl.cdiv(n_rows, SIZE)
-    tile, block = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
-    n_blocks = tl.cdiv(n_tiles, block_tiles)
-    # Sums over several labels may be rounded differently than those of a tile's pairs are.
-    limit = tl.full((), window, labels_ptr.dtype.element_ty) * (1.0 + 1e-5)
-    list_ptr += (tile.to(tl.int64) * n_blocks + block) * block_tiles
-    active_ptr += tile.to(tl.int64) * n_tiles
-    length = 0
-    last = tl.minimum((block + 1) * block_tiles, n_tiles)
-    for first in range(block * block_tiles, last, CHUNK):
-        others = first + tl.arange(0, CHUNK)
-        near = _gaps(labels_ptr, tile, others, n_rows, n_labels, NORM, SIZE, CHUNK) <= limit
-        near_preds = _gaps(preds_ptr, tile, others, n_rows, n_labels, NORM, SIZE, CHUNK) <= limit
-        active = ((near | near_preds) & (others < last)).to(tl.int32)
-        tl.store(active_ptr + others, active.to(tl.int8), mask=others < last)
-        tl.store(list_ptr + length + tl.cumsum(active, 0) - 1, others, mask=active != 0)
-        length += tl.sum(active, 0)
-    tl.store(length_ptr + tile * n_blocks + block, length)
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def active_product_kernel(
-    block_ptr,  # [.., block_stride] tiles of H, active ones alone
-    operand_ptr,  # [.., depth]
-    out_ptr,  # [.., depth] receives, or gains, the block's product with the operand's rows
-    list_ptr,  # as active_tiles_kernel stores them
-    length_ptr,
-    n_rows,
-    depth,
-    first_row_tile,  # of the rows that receive
-    first_column_tile,  # of the rows that are multiplied
-    row_tiles,
-    block_tiles,
-    block_stride,
-    TRANSPOSED: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    SIZE: tl.constexpr,
-    STEP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TOTAL: tl.constexpr,
-):
-    """A program takes WIDTH features of a tile of rows, and of the tiles of its row in H those on its list."""
-    STEPS: tl.constexpr = SIZE // STEP
-    n_blocks = tl.cdiv(tl.cdiv(n_rows, SIZE), block_tiles)
-    tile = tl.program_id(0) % row_tiles
-    features = tl.program_id(0) // row_tiles * WIDTH + tl.arange(0, WIDTH)
-    place = (first_row_tile + tile).to(tl.int64) * n_blocks + first_column_tile // block_tiles
-    list_ptr += place * block_tiles
-    length = tl.load(length_ptr + place)
-    rows = tile * SIZE + tl.arange(0, SIZE)
-    steps = tl.arange(0, STEP)
-    total = tl.zeros((SIZE, WIDTH), TOTAL)
-    for step in range(0, length * STEPS):
-        column = tl.load(list_ptr + step // STEPS) * SIZE + step % STEPS * STEP + steps
-        column_in_block = column - first_column_tile * SIZE
-        if TRANSPOSED:
-            pointers = block_ptr + column_in_block.to(tl.int64)[None, :] * block_stride + rows[:, None]
-        else:
-            pointers = block_ptr + rows.to(tl.int64)[:, None] * block_stride + column_in_block[None, :]
-        operand_pointers = operand_ptr + column.to(tl.int64)[:, None] * depth + features[None, :]
-        operand = tl.load(operand_pointers, mask=(features < depth)[None, :], other=0.0)
-        total = tl.dot(
-            tl.load(pointers).to(operand.dtype), operand, total, input_precision=PRECISION, out_dtype=TOTAL
-        )
-    pointers = out_ptr + (first_row_tile * SIZE + rows).to(tl.int64)[:, None] * depth + features[None, :]
-    inside = (features < depth)[None, :]
-    if ACCUMULATE:
-        total += tl.load(pointers, mask=inside, other=0.0)
-    tl.store(pointers, total, mask=inside)
-
+from pyreg.triton_kernels import _pair_kernels as kernels
+from pyreg.triton_kernels._shared import OPTIONS, product_into, product_precision
 
 # ---- which tiles ----
 
 
 class Tiles(NamedTuple):
-    """How a program works; fixed by device, dtype and shape, for the sums depend on it."""
+    """How programs work; fixed by device, dtype and shape, for the sums depend on it."""
 
     size: int  # rows, and columns
-    depth: int
+    depth: int  # features of a step of a product
     warps: int
     stages: int
-    parts: int = 1  # of the columns, each consumed before the next
-    descriptors: bool = False  # tensor descriptors: the copy engine of sm_90 and later
+    piece: int = 0  # rows of a tile in memory that are taken at a time; 0 where the tiles' products stay in registers
 
 
-# 128 x 128 results reach 64 operations for each 2 bytes from L2, and leave registers and shared memory for a second
-# program on the multiprocessor, which multiplies while the first is at its exponentials.
-_TILES = {
-    ("sm_80", "16 bits"): Tiles(128, 64, warps=8, stages=3),
-    ("sm_80", "tf32"): Tiles(128, 32, warps=8, stages=3),
-    ("sm_86", "16 bits"): Tiles(128, 64, warps=8, stages=2),
-    ("sm_86", "tf32"): Tiles(128, 32, warps=8, stages=2),
-    ("sm_90", "16 bits"): Tiles(128, 64, warps=8, stages=3, parts=4, descriptors=True),
-    ("sm_90", "tf32"): Tiles(128, 32, warps=8, stages=3, parts=4, descriptors=True),
-    ("sm_100", "16 bits"): Tiles(128, 64, warps=8, stages=3, parts=4, descriptors=True),
-    ("sm_100", "tf32"): Tiles(128, 32, warps=8, stages=3, parts=4, descriptors=True),
-    ("sm_120", "16 bits"): Tiles(128, 64, warps=8, stages=2, descriptors=True),
-    ("sm_120", "tf32"): Tiles(128, 32, warps=8, stages=2, descriptors=True),
-}
-# No matrix instruction multiplies in float32; those of float64 take small tiles.
-_PLAIN_TILES = {"ieee": Tiles(128, 16, warps=8, stages=2), "fp64": Tiles(64, 16, warps=8, stages=2)}
-# Where the large ones are fewer than two a multiprocessor.
-_SMALL_TILES = {
+# Of few samples a tile's products stay in registers: three launches, and a tile that is small enough for several on a
+# multiprocessor, and for the exponentials of all its pairs beside its products.
+_FUSED_TILES = {
     "16 bits": Tiles(64, 64, warps=4, stages=3),
     "tf32": Tiles(64, 32, warps=4, stages=3),
     "ieee": Tiles(32, 32, warps=4, stages=2),
     "fp64": Tiles(32, 16, warps=4, stages=2),
 }
-_EMULATED_TILES = Tiles(16, 16, warps=1, stages=1, parts=2)  # small: a small test has several
+_MOST_FUSED = 1024  # rows, and columns
 
-_MOST_SLOTS = 64  # a program's square of tiles is as large as that needs
-_BLOCK_BYTES = 64 << 20  # of H in the backward pass
+# Of many a block of them is in memory, most of it in L2. 32 x 128 at a time are 32 of a thread.
+_BLOCK_TILES = {
+    "16 bits": Tiles(128, 64, warps=4, stages=1, piece=32),
+    "tf32": Tiles(128, 32, warps=4, stages=1, piece=32),
+    "ieee": Tiles(128, 16, warps=4, stages=1, piece=32),
+    "fp64": Tiles(128, 16, warps=4, stages=1, piece=16),
+}
+_BLOCK_BYTES = 64 << 20  # of products and H
+# Operations of a block's product, from which on a block is not worth dividing: 40 us of an H100, what its launches cost.
+_BLOCK_OPERATIONS = {"16 bits": 3e10, "tf32": 1.5e10, "ieee": 2e9, "fp64": 2e9}
+
+# Products of active tiles: 128 x 128 results in 8 warps.
+_PRODUCT_OPTIONS = {"num_warps": 8, "num_stages": 3}
+
+_EMULATED_FUSED_TILES = Tiles(16, 16, warps=1, stages=1)  # small: a small test has several
+_EMULATED_BLOCK_TILES = Tiles(16, 16, warps=1, stages=1, piece=8)
 
 # Of the kernels that are bound by memory: 2048 elements a program. 128 rows' sums lie next to each other in a slot.
 _ELEMENT_BLOCKS = {"BLOCK_R": 4, "BLOCK_H": 512}
 _FINISH_BLOCKS = {"BLOCK_R": 128, "BLOCK_T": 8}
 _ACTIVE_CHUNK = 16
-_MOST_ROWS_OF_ONE_PROGRAM = 1024  # which then finishes the loss in the same launch
 
-# Multiplications and additions, N^2 D of them a product, from which on tiles are skipped. Sorting and the lists take
-# some 0.15 ms of an H100, in forward and backward pass each; the products so large take five times that.
-_LEAST_SORTED = {"16 bits": 6e11, "tf32": 3e11, "ieee": 2e10, "fp64": 3e10}
+# Operations, N^2 D of them a product, from which on tiles are skipped: sorting and the lists take some 0.15 ms of an
+# H100 in forward and backward pass each, the products so large five times that.
+_LEAST_SORTED = {"16 bits": 6e11, "tf32": 3e11, "ieee": 4e10, "fp64": 4e10}
 
 
-def _arithmetic(dtype: torch.dtype) -> str:
+def _kind(dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "fp64"
     return "16 bits" if dtype.itemsize == 2 else product_precision(dtype)
 
 
 def _choose_tiles(features: Tensor, n_rows: int, n_columns: int) -> Tiles:
+    fused = max(n_rows, n_columns) <= _MOST_FUSED
     if not features.is_cuda:
-        return _EMULATED_TILES
-    kind = _arithmetic(features.dtype)
-    family = gpu_family(*torch.cuda.get_device_capability(features.device))
-    large = _PLAIN_TILES[kind] if kind in _PLAIN_TILES else _TILES[family, kind]
-    programs = triton.cdiv(n_rows, large.size) * triton.cdiv(n_columns, large.size)
-    processors = torch.cuda.get_device_properties(features.device).multi_processor_count
-    return large if programs >= 2 * processors else _SMALL_TILES[kind]
+        return _EMULATED_FUSED_TILES if fused else _EMULATED_BLOCK_TILES
+    return (_FUSED_TILES if fused else _BLOCK_TILES)[_kind(features.dtype)]
 
 
 def _skips(features: Tensor) -> bool:
-    return features.shape[0] ** 2 * features.shape[1] >= _LEAST_SORTED[_arithmetic(features.dtype)]
+    return features.shape[0] ** 2 * features.shape[1] >= _LEAST_SORTED[_kind(features.dtype)]
 
 
 # ---- launchers ----
 #
-# Tensors of one call lie on one device, are contiguous, and have the dtypes that csrc/schemas.cpp and the functions name.
-# Nothing waits for the GPU. Call them where autograd and autocast are off.
+# Tensors of one call lie on one device, are contiguous, and have the dtypes that the functions name. Nothing waits for
+# the GPU. Call them where autograd and autocast are off.
 
 
 class _Operand(NamedTuple):
@@ -1289,13 +145,21 @@ class _Side(NamedTuple):
     weights: Tensor | None = None
 
 
+class _Block(NamedTuple):
+    """Pairs that are treated at once; counts are multiples of the tiles' size."""
+
+    first_row: int
+    first_column: int
+    row_count: int
+    column_count: int
+
+
 class _Problem(NamedTuple):
     rows: _Side
     columns: _Side
     tiles: Tiles
     n_features: int
     dtype: torch.dtype  # of the features
-    total: torch.dtype
     loss: int
     temperature: float
     normalize: bool = True
@@ -1312,18 +176,27 @@ class _Problem(NamedTuple):
     order: Tensor | None = None
 
     @property
-    def device(self) -> torch.device:
-        return self.rows.operand.values.device
+    def fused(self) -> bool:
+        return self.tiles.piece == 0
 
-    def common(self, active: Tensor | None) -> dict[str, Any]:
+    @property
+    def device_total(self) -> Any:
+        return tl.float64 if self.dtype == torch.float64 else tl.float32
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        return {"PRECISION": product_precision(self.dtype), "TOTAL": self.device_total}
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory, of the dtype of sums if of no other."""
+        return self.rows.operand.norms.new_empty(shape, dtype=dtype)
+
+    def common(self) -> dict[str, Any]:
         """What the kernels that take tiles of pairs have in common."""
         tiles, rows, columns = self.tiles, self.rows, self.columns
-        operands = [side.operand.values for side in (rows, columns)]
-        if tiles.descriptors:
-            operands = [TensorDescriptor.from_tensor(values, [tiles.size, tiles.depth]) for values in operands]
         return {
-            "row_operand": operands[0],
-            "column_operand": operands[1],
+            "row_operand_ptr": rows.operand.values,
+            "column_operand_ptr": columns.operand.values,
             "row_inverse_ptr": rows.operand.norms,
             "column_inverse_ptr": columns.operand.norms,
             "row_labels_ptr": rows.labels,
@@ -1333,7 +206,6 @@ class _Problem(NamedTuple):
             "row_weights_ptr": rows.weights,
             "column_weights_ptr": columns.weights,
             "log_q_ptr": self.log_q,
-            "active_ptr": active,
             "n_rows": rows.count,
             "n_columns": columns.count,
             "depth": columns.operand.values.shape[1],
@@ -1347,11 +219,10 @@ class _Problem(NamedTuple):
             "PUSH": self.push,
             "SHIFT": self.shift,
             "ONE_LABEL": rows.labels is None or rows.labels.numel() == rows.count,
-            "WITH_FACTORS": rows.weights is not None or self.push == _PUSH_FACTOR.value,
-            "PARTS": tiles.parts,
+            "WITH_FACTORS": rows.weights is not None or self.push == kernels.PUSH_FACTOR.value,
             "SIZE": tiles.size,
+            "PIECE": tiles.piece,
             "DEPTH": tiles.depth,
-            "DESCRIPTORS": tiles.descriptors,
             **self.arithmetic,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
@@ -1359,9 +230,36 @@ class _Problem(NamedTuple):
         }
 
     @property
-    def arithmetic(self) -> dict[str, Any]:
-        total = tl.float64 if self.total == torch.float64 else tl.float32
-        return {"PRECISION": product_precision(self.dtype), "TOTAL": total}
+    def padded(self) -> tuple[int, int]:
+        """Rows and columns, to whole tiles."""
+        size = self.tiles.size
+        return triton.cdiv(self.rows.count, size) * size, triton.cdiv(self.columns.count, size) * size
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """The largest block: all pairs where they are few, else at most half of the rows and columns, so that of a
+        triangle at most three quarters are computed."""
+        rows, columns = self.padded
+        if self.fused:
+            return rows, columns
+        size, kind = self.tiles.size, _kind(self.dtype)
+        # Products, and H where these are too wide to take its place.
+        elements = _BLOCK_BYTES // (8 if kind == "fp64" else 6 if kind == "16 bits" else 4)
+        worthwhile = _BLOCK_OPERATIONS[kind] / (2 * max(self.n_features, 1))
+        side = max(math.isqrt(int(min(elements, worthwhile))) // size, 1)
+        height = min(side, triton.cdiv(rows // size, 2))
+        width = height
+        if not self.triangle:  # a slot of sums for each tile's rows and columns: not too long either
+            width = min(int(min(elements, worthwhile)) // (height * size * size), triton.cdiv(columns // size, 2))
+            width = max(min(width, 4 * side), 1)
+        return height * size, width * size
+
+    def blocks(self) -> Iterator[_Block]:
+        height, width = self.block_shape
+        rows, columns = self.padded
+        for first_row in range(0, rows, height):
+            for first_column in range(first_row if self.triangle else 0, columns, width):
+                yield _Block(first_row, first_column, min(height, rows - first_row), min(width, columns - first_column))
 
 
 def _total_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -1394,7 +292,7 @@ def _prepare(
     column_operand = row_operand if columns is None else new(columns.shape[0])
     padded = [len(operand.values) for operand in (row_operand, column_operand)]
     programs = sum(triton.cdiv(count, _ELEMENT_BLOCKS["BLOCK_R"]) for count in padded[: 1 if columns is None else 2])
-    prepare_kernel[(programs,)](
+    kernels.prepare_kernel[(programs,)](
         features,
         columns,
         order,
@@ -1419,9 +317,9 @@ def _prepare(
 
 def _shift(temperature: float, normalize: bool, push: int = 0) -> int:
     """How exponents are kept in range, as far as no data are needed to know."""
-    if not normalize or 2.0 / temperature * _LOG2_E.value > _SMALL_RANGE.value:
-        return int(_MAXIMUM.value)
-    return int(_BY_TILE.value if push == _PUSH_EXPONENT.value else _CONSTANT.value)
+    if not normalize or 2.0 / temperature * kernels.LOG2_E.value > kernels.SMALL_RANGE.value:
+        return int(kernels.MAXIMUM.value)
+    return int(kernels.BY_TILE.value if push == kernels.PUSH_EXPONENT.value else kernels.CONSTANT.value)
 
 
 def _conr_problem(
@@ -1453,15 +351,14 @@ def _conr_problem(
         own = slice(first_row, first_row + row_count)
         row_weights = None if weights is None else weights[own]
         rows = _Side(row_count, operand.part(first_row), targets[own], preds[own], row_weights)
-    push = _PUSH_FACTOR.value if variant == 2 else _PUSH_EXPONENT.value
+    push = kernels.PUSH_FACTOR.value if variant == 2 else kernels.PUSH_EXPONENT.value
     return _Problem(
         rows,
         columns,
         tiles,
         features.shape[1],
         features.dtype,
-        _total_dtype(features.dtype),
-        _CONR.value,
+        kernels.CONR.value,
         temperature,
         diagonal=first_row,
         triangle=triangle,
@@ -1492,8 +389,7 @@ def _supcon_problem(
         tiles,
         features.shape[1],
         features.dtype,
-        _total_dtype(features.dtype),
-        _SUPCON.value,
+        kernels.SUPCON.value,
         temperature,
         normalize,
         diagonal=first_row,
@@ -1521,13 +417,12 @@ def _info_nce_problem(
         tiles,
         query.shape[1],
         query.dtype,
-        _total_dtype(query.dtype),
-        _INFO_NCE.value,
+        kernels.INFO_NCE.value,
         temperature,
         normalize,
         diagonal=offset,
         columns_have_losses=both,
-        shift=_MAXIMUM.value if log_q is not None else _shift(temperature, normalize),
+        shift=kernels.MAXIMUM.value if log_q is not None else _shift(temperature, normalize),
         log_q=log_q,
     )
 
@@ -1540,19 +435,19 @@ class _Active(NamedTuple):
     length: Tensor  # [n_tiles, n_blocks] int32
 
 
-def _active_tiles(problem: _Problem, block_tiles: int) -> _Active | None:
+def _active_tiles(problem: _Problem) -> _Active | None:
     if problem.order is None:
         return None
     side, size = problem.rows, problem.tiles.size
+    block_tiles = problem.block_shape[0] // size
     n_tiles = triton.cdiv(side.count, size)
     n_blocks = triton.cdiv(n_tiles, block_tiles)
-    values = side.operand.values
     active = _Active(
-        values.new_empty((n_tiles, n_tiles), dtype=torch.int8),
-        values.new_empty((n_tiles, n_blocks, block_tiles), dtype=torch.int32),
-        values.new_empty((n_tiles, n_blocks), dtype=torch.int32),
+        problem.new(n_tiles, n_tiles, dtype=torch.int8),
+        problem.new(n_tiles, n_blocks, block_tiles, dtype=torch.int32),
+        problem.new(n_tiles, n_blocks, dtype=torch.int32),
     )
-    active_tiles_kernel[(n_tiles * n_blocks,)](
+    kernels.active_tiles_kernel[(n_tiles * n_blocks,)](
         side.labels,
         side.preds,
         *active,
@@ -1568,40 +463,100 @@ def _active_tiles(problem: _Problem, block_tiles: int) -> _Active | None:
     return active
 
 
+def _block_memory(problem: _Problem) -> Tensor | None:
+    if problem.fused:
+        return None
+    height, width = problem.block_shape
+    return problem.new(height * width)
+
+
+def _multiply(problem: _Problem, block: _Block, memory: Tensor, active: _Active | None) -> Tensor:
+    """The products of a block's rows and columns, [row_count, column_count]."""
+    rows, columns = problem.rows.operand.values, problem.columns.operand.values
+    products = memory[: block.row_count * block.column_count].view(block.row_count, block.column_count)
+    if active is None:
+        rows = rows[block.first_row : block.first_row + block.row_count]
+        columns = columns[block.first_column : block.first_column + block.column_count]
+        product_into(products, rows, columns.T, accumulate=False)
+        return products
+    size = problem.tiles.size
+    row_tiles, column_tiles = block.row_count // size, block.column_count // size
+    kernels.active_scores_kernel[(row_tiles * column_tiles,)](
+        rows,
+        active.flags,
+        products,
+        problem.rows.count,
+        rows.shape[1],
+        block.first_row,
+        block.first_column,
+        row_tiles,
+        block.column_count,
+        SIZE=size,
+        DEPTH=problem.tiles.depth,
+        **problem.arithmetic,
+        **_PRODUCT_OPTIONS,
+        **OPTIONS,
+    )
+    return products
+
+
 def _forward(problem: _Problem, reduction: int, loss_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, and statistics of rows and columns."""
-    rows, columns, size = problem.rows, problem.columns, problem.tiles.size
-    row_tiles, column_tiles = triton.cdiv(rows.count, size), triton.cdiv(columns.count, size)
-    with_columns = problem.triangle or (problem.loss == _INFO_NCE.value and problem.columns_have_losses)
-    # Without sums of columns a square need not be one: a row of tiles has the most programs.
-    square_rows = triton.cdiv(row_tiles, _MOST_SLOTS) if with_columns else 1
-    square_columns = triton.cdiv(column_tiles, _MOST_SLOTS)
-    row_squares, column_squares = triton.cdiv(row_tiles, square_rows), triton.cdiv(column_tiles, square_columns)
-    new = problem.rows.operand.norms.new_empty
-    sums = 5 if problem.loss == _CONR.value else 4
-    row_sums = new((sums, column_squares, rows.count))
-    both = with_columns and not problem.triangle
-    column_sums = new((sums, row_squares, columns.count)) if both else None
-    active = _active_tiles(problem, column_tiles)
-    programs = row_squares * (row_squares + 1) // 2 if problem.triangle else row_squares * column_squares
-    forward_kernel[(programs,)](
-        **problem.common(None if active is None else active.flags),
-        row_sums_ptr=row_sums,
-        column_sums_ptr=column_sums if both else row_sums,
-        square_rows=square_rows,
-        square_columns=square_columns,
-        TRIANGLE=problem.triangle,
-        WITH_COLUMNS=with_columns,
-    )
+    rows, columns, size, triangle = problem.rows, problem.columns, problem.tiles.size, problem.triangle
+    both = not triangle and problem.loss == kernels.INFO_NCE.value and problem.columns_have_losses
+    height, width = problem.block_shape
+    row_slots, column_slots = width // size, height // size
+    first_column_slot = 0
+    if triangle and not problem.fused:  # tiles of rows and of columns have slots of their own
+        first_column_slot = row_slots
+        row_slots = column_slots = row_slots + column_slots
+    kinds = 5 if problem.loss == kernels.CONR.value else 4
+    row_sums = problem.new(kinds, row_slots, rows.count)
+    column_sums = problem.new(kinds, column_slots, columns.count) if both else row_sums[:, first_column_slot:]
+    if not problem.fused:
+        for sums in (row_sums, column_sums) if both else (row_sums,):
+            sums.zero_()
+            sums[0].fill_(-torch.inf)
 
-    one_program = reduction == 0 or rows.count <= _MOST_ROWS_OF_ONE_PROGRAM
-    programs = 1 if rows.count <= _MOST_ROWS_OF_ONE_PROGRAM else triton.cdiv(rows.count, _FINISH_BLOCKS["BLOCK_R"])
-    row_statistics = new((3, rows.count))
-    column_statistics = new((3, columns.count if both else 0))
-    loss = new((rows.count,) if reduction == 0 else (), dtype=loss_dtype)
-    partial = None if one_program else new((2, programs), dtype=torch.float64)
-    n_total = columns.count if problem.loss == _CONR.value else rows.count
-    finish_kernel[(programs,)](
+    active = _active_tiles(problem)
+    memory = _block_memory(problem)
+    common = problem.common()
+    for block in problem.blocks():
+        products = None if memory is None else _multiply(problem, block, memory, active)
+        row_tiles, column_tiles = block.row_count // size, block.column_count // size
+        own = triangle and block.first_row == block.first_column
+        folded = own and problem.fused
+        programs = row_tiles * (row_tiles + 1) // 2 if folded else row_tiles * column_tiles
+        kernels.sums_kernel[(programs,)](
+            **common,
+            block_ptr=products,
+            active_ptr=None if active is None else active.flags,
+            row_sums_ptr=row_sums,
+            column_sums_ptr=column_sums,
+            first_row=block.first_row,
+            first_column=block.first_column,
+            row_tiles=row_tiles,
+            block_stride=block.column_count,
+            row_slots=row_slots,
+            column_slots=column_slots,
+            TRIANGLE=folded,
+            WITH_COLUMNS=folded or (triangle and not own) or both,
+        )
+    return _finish(problem, reduction, loss_dtype, row_sums, column_sums if both else None)
+
+
+def _finish(
+    problem: _Problem, reduction: int, loss_dtype: torch.dtype, row_sums: Tensor, column_sums: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = problem.rows, problem.columns
+    # One program finishes the loss of few rows in the same launch.
+    programs = 1 if problem.fused else triton.cdiv(rows.count, _FINISH_BLOCKS["BLOCK_R"])
+    row_statistics = problem.new(3, rows.count)
+    column_statistics = problem.new(3, 0 if column_sums is None else columns.count)
+    loss = problem.new(*([rows.count] if reduction == 0 else []), dtype=loss_dtype)
+    partial = None if reduction == 0 or programs == 1 else problem.new(2, programs, dtype=torch.float64)
+    n_total = columns.count if problem.loss == kernels.CONR.value else rows.count
+    kernels.finish_kernel[(programs,)](
         row_sums,
         column_sums,
         rows.weights,
@@ -1611,8 +566,8 @@ def _forward(problem: _Problem, reduction: int, loss_dtype: torch.dtype) -> tupl
         loss,
         partial,
         rows.count,
-        column_squares,
-        row_squares,
+        row_sums.shape[1],
+        0 if column_sums is None else column_sums.shape[1],
         n_total,
         LOSS=problem.loss,
         VARIANT=problem.variant,
@@ -1623,7 +578,7 @@ def _forward(problem: _Problem, reduction: int, loss_dtype: torch.dtype) -> tupl
     if partial is not None:
         total, count = partial.sum(1)
         if reduction == 1:
-            total = total / (count.clamp(min=1) if problem.loss == _SUPCON.value else n_total)
+            total = total / (count.clamp(min=1) if problem.loss == kernels.SUPCON.value else n_total)
         loss = total.to(loss_dtype)
     return loss, row_statistics, column_statistics
 
@@ -1649,73 +604,68 @@ def _gradients(
     if problem.order is not None:
         row_losses = _Losses(row_losses.statistics[:, problem.order], row_losses.upstream[problem.order])
         column_losses = row_losses
-    block_dtype = problem.dtype
-    depth = rows.operand.values.shape[1]
-    elements = _BLOCK_BYTES // block_dtype.itemsize
-    padded = [triton.cdiv(side.count, size) * size for side in (rows, columns)]
-    height = min(max(math.isqrt(elements) // size, 1) * size, padded[0])
-    width = height if triangle else min(max(elements // height // size, 1) * size, padded[1])
-    block = rows.operand.values.new_empty((height, width), dtype=block_dtype)
     scale = _block_scale(problem, row_losses, column_losses) if problem.dtype == torch.float16 else None
-    active = _active_tiles(problem, height // size)
-
-    sums: list[Tensor | None] = [
-        rows.operand.norms.new_empty((count, depth)) if needed else None
-        for count, needed in zip(padded, (needs_rows or triangle, needs_columns), strict=True)
+    active = _active_tiles(problem)
+    memory = _block_memory(problem)
+    height, width = problem.block_shape
+    h_memory = memory
+    if memory is None or memory.dtype != problem.dtype:
+        h_memory = problem.new(height * width, dtype=problem.dtype)
+    depth = rows.operand.values.shape[1]
+    sums = [
+        problem.new(count, depth) if needed else None
+        for count, needed in zip(problem.padded, (needs_rows, needs_columns), strict=True)
     ]
     begun: set[tuple[int, int]] = set()
 
-    def add(side: int, first: int, h: Tensor, other: _Side, other_first: int) -> None:
-        """Adds the block's product with other's operand from other_first on to the sums of a side from first on."""
+    def add(side: int, first: int, h: Tensor, other: _Operand, other_first: int) -> None:
+        """Adds h times other's rows from other_first on to the sums of a side from first on."""
         accumulate = (side, first) in begun
         begun.add((side, first))
         if active is not None:
-            _multiply_active(problem, active, sums[side], first, h, other_first, height // size, accumulate)
+            _multiply_active(problem, active, sums[side], first, h, other_first, accumulate)
             return
-        product_into(
-            sums[side][first : first + h.shape[0]],
-            h,
-            other.operand.values[other_first : other_first + h.shape[1]],
-            accumulate=accumulate,
+        out, factor = sums[side][first : first + h.shape[0]], other.values[other_first : other_first + h.shape[1]]
+        product_into(out, h, factor, accumulate=accumulate)
+
+    common = problem.common()
+    for block in problem.blocks():
+        products = None if memory is None else _multiply(problem, block, memory, active)
+        row_tiles, column_tiles = block.row_count // size, block.column_count // size
+        own = triangle and block.first_row == block.first_column
+        folded = own and problem.fused
+        h = h_memory[: block.row_count * block.column_count].view(block.row_count, block.column_count)
+        kernels.gradient_kernel[(row_tiles * (row_tiles + 1) // 2 if folded else row_tiles * column_tiles,)](
+            **common,
+            block_ptr=products,
+            active_ptr=None if active is None else active.flags,
+            row_statistics_ptr=row_losses.statistics,
+            column_statistics_ptr=None if column_losses is None else column_losses.statistics,
+            row_upstream_ptr=row_losses.upstream,
+            column_upstream_ptr=None if column_losses is None else column_losses.upstream,
+            scale_ptr=scale,
+            target_ptr=h,
+            first_row=block.first_row,
+            first_column=block.first_column,
+            row_tiles=row_tiles,
+            block_stride=block.column_count,
+            row_statistics_step=row_losses.statistics.stride(0),
+            column_statistics_step=0 if column_losses is None else column_losses.statistics.stride(0),
+            gradient_scale=1.0 / problem.temperature,
+            TRIANGLE=folded,
         )
+        if needs_rows:
+            add(0, block.first_row, h, columns.operand, block.first_column)
+        if triangle and not own:
+            add(0, block.first_column, h.T, rows.operand, block.first_row)
+        if needs_columns:
+            add(1, block.first_column, h.T, rows.operand, block.first_row)
 
-    common = problem.common(None if active is None else active.flags)
-    for first_row in range(0, rows.count, height):
-        for first_column in range(first_row if triangle else 0, columns.count, width):
-            own = triangle and first_row == first_column
-            row_count = min(height, rows.count - first_row)
-            column_count = min(width, columns.count - first_column)
-            row_tiles, column_tiles = triton.cdiv(row_count, size), triton.cdiv(column_count, size)
-            gradient_tiles_kernel[(row_tiles * (row_tiles + 1) // 2 if own else row_tiles * column_tiles,)](
-                **common,
-                row_statistics_ptr=row_losses.statistics,
-                column_statistics_ptr=None if column_losses is None else column_losses.statistics,
-                row_upstream_ptr=row_losses.upstream,
-                column_upstream_ptr=None if column_losses is None else column_losses.upstream,
-                scale_ptr=scale,
-                block_ptr=block,
-                first_row_tile=first_row // size,
-                first_column_tile=first_column // size,
-                row_tiles=row_tiles,
-                block_stride=width,
-                row_statistics_step=row_losses.statistics.stride(0),
-                column_statistics_step=0 if column_losses is None else column_losses.statistics.stride(0),
-                gradient_scale=1.0 / problem.temperature,
-                MIRRORED=own,
-            )
-            h = block[:row_count, :column_count]
-            if needs_rows or triangle:
-                add(0, first_row, h, columns, first_column)
-            if triangle and not own:
-                add(0, first_column, h.T, rows, first_row)
-            if needs_columns:
-                add(1, first_column, h.T, rows, first_row)
-
-    finished = [
+    by_row, by_column = (
         None if total is None else _finish_gradient(problem, side, total, scale, dtype or problem.dtype)
         for side, total in zip((rows, columns), sums, strict=True)
-    ]
-    return finished[0], finished[1]
+    )
+    return by_row, by_column
 
 
 def _block_scale(problem: _Problem, *losses: _Losses | None) -> Tensor:
@@ -1730,20 +680,13 @@ def _block_scale(problem: _Problem, *losses: _Losses | None) -> Tensor:
 
 
 def _multiply_active(
-    problem: _Problem,
-    active: _Active,
-    out: Tensor,
-    first: int,
-    h: Tensor,
-    other_first: int,
-    block_tiles: int,
-    accumulate: bool,
+    problem: _Problem, active: _Active, out: Tensor, first: int, h: Tensor, other_first: int, accumulate: bool
 ) -> None:
     size, depth = problem.tiles.size, out.shape[1]
-    row_tiles = triton.cdiv(h.shape[0], size)
+    row_tiles = h.shape[0] // size
     transposed = h.stride(1) != 1
-    width = min(triton.next_power_of_2(depth), problem.tiles.size)
-    active_product_kernel[(row_tiles * triton.cdiv(depth, width),)](
+    width = min(triton.next_power_of_2(depth), size)
+    kernels.active_product_kernel[(row_tiles * triton.cdiv(depth, width),)](
         h,
         problem.rows.operand.values,
         out,
@@ -1751,19 +694,18 @@ def _multiply_active(
         active.length,
         problem.rows.count,
         depth,
-        first // size,
-        other_first // size,
+        first,
+        other_first,
         row_tiles,
-        block_tiles,
+        active.list.shape[2],
         h.stride(1) if transposed else h.stride(0),
         TRANSPOSED=transposed,
-        ACCUMULATE=accumulate,
+        ADDED=accumulate,
         SIZE=size,
-        STEP=problem.tiles.depth,
+        DEPTH=problem.tiles.depth,
         WIDTH=width,
         **problem.arithmetic,
-        num_warps=problem.tiles.warps,
-        num_stages=problem.tiles.stages,
+        **_PRODUCT_OPTIONS,
         **OPTIONS,
     )
 
@@ -1771,7 +713,7 @@ def _multiply_active(
 def _finish_gradient(problem: _Problem, side: _Side, total: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     values, norms = side.operand
     out = values.new_empty((side.count, problem.n_features), dtype=dtype)
-    finish_gradient_kernel[(triton.cdiv(side.count, _ELEMENT_BLOCKS["BLOCK_R"]),)](
+    kernels.finish_gradient_kernel[(triton.cdiv(side.count, _ELEMENT_BLOCKS["BLOCK_R"]),)](
         total,
         values,
         norms,
@@ -1815,7 +757,7 @@ def _one_operator(
             return loss, statistics, features.new_empty(0, dtype=total)
         upstream = torch.ones_like(statistics[0])
         if reduction == 1:
-            upstream /= statistics[1].sum().clamp(min=1) if problem.loss == _SUPCON.value else row_count
+            upstream /= statistics[1].sum().clamp(min=1) if problem.loss == kernels.SUPCON.value else row_count
         losses = _Losses(statistics, upstream)
         gradient, _ = _gradients(problem, losses, losses, dtype=total)
     return loss, statistics, gradient
@@ -2010,50 +952,49 @@ def info_nce_backward(
     return none if by_row is None else by_row, none if by_column is None else by_column
 
 
+
+
 # ---- what tools/triton_report.py compiles ----
 
-_LOSSES = {"ConR": _CONR.value, "SupCon": _SUPCON.value, "InfoNCE": _INFO_NCE.value}
+_LOSSES = {"ConR": kernels.CONR.value, "SupCon": kernels.SUPCON.value, "InfoNCE": kernels.INFO_NCE.value}
 _OF_CONR = ("row_preds", "column_preds", "row_weights", "column_weights", "active")
 
 
-def _pair_variant(
-    kernel: Any, tiles: Tiles, dtype: str, loss: str, *, precision: str = "ieee", labels: str = "fp32", **changes: Any
-) -> Any:
+def _pair_variant(kernel: Any, tiles: Tiles, kind: str, loss: str, *, labels: str = "fp32", **changes: Any) -> Any:
     """A kernel that takes tiles of pairs; in the form of ``loss`` that does most, but for ``changes`` of constants."""
     conr = loss == "ConR"
+    dtype = {"ieee": "fp32", "tf32": "fp32"}.get(kind, kind)
     total = "fp64" if dtype == "fp64" else "fp32"
     labels = labels if conr else "i64"
-    operand = f"tensordesc<{dtype}[{tiles.size},{tiles.depth}]>" if tiles.descriptors else f"*{dtype}:16"
-    types = {"row_operand": operand, "column_operand": operand}
-    kinds = dict.fromkeys(("row_labels", "column_labels", "row_preds", "column_preds"), labels)
-    pointers = ("row_inverse", "column_inverse", "row_weights", "column_weights", "log_q", "row_sums", "column_sums")
-    kinds |= dict.fromkeys(pointers, total) | {"active": "i8"}
-    kinds |= dict.fromkeys(("row_statistics", "column_statistics", "row_upstream", "column_upstream", "scale"), total)
-    kinds |= {"block": dtype}
-    types |= {f"{name}_ptr": f"*{kind}:16" for name, kind in kinds.items()}
-    types |= dict.fromkeys(_COUNTS, "i32") | dict.fromkeys(("depth", "block_stride"), "i32:16")
+    kinds = dict.fromkeys(("row_operand", "column_operand", "target"), dtype)
+    kinds |= dict.fromkeys(("row_labels", "column_labels", "row_preds", "column_preds"), labels)
+    kinds |= dict.fromkeys(("block", "row_inverse", "column_inverse", "row_weights", "column_weights", "log_q"), total)
+    kinds |= dict.fromkeys(("row_sums", "column_sums", "row_statistics", "column_statistics", "scale"), total)
+    kinds |= dict.fromkeys(("row_upstream", "column_upstream"), total) | {"active": "i8"}
+    types = {f"{name}_ptr": f"*{of}:16" for name, of in kinds.items()}
+    types |= dict.fromkeys(kernels.COUNTS, "i32") | dict.fromkeys(("depth", "block_stride"), "i32:16")
     types |= dict.fromkeys(("row_statistics_step", "column_statistics_step"), "i32")
     types |= dict.fromkeys(("score_scale", "push_scale", "window", "gradient_scale"), "fp64")
+    fused = tiles.piece == 0
     constants = {
         "LOSS": _LOSSES[loss],
         "NORM": 2,
-        "PUSH": _PUSH_EXPONENT.value if conr else _NO_PUSH.value,
-        "SHIFT": _BY_TILE.value if conr else _CONSTANT.value,
+        "PUSH": (kernels.PUSH_EXPONENT if conr else kernels.NO_PUSH).value,
+        "SHIFT": (kernels.BY_TILE if conr else kernels.CONSTANT).value,
         "ONE_LABEL": True,
-        "TRIANGLE": loss != "InfoNCE",
-        "WITH_COLUMNS": True,
-        "MIRRORED": loss != "InfoNCE",
         "WITH_FACTORS": conr,
-        "PARTS": tiles.parts,
+        "TRIANGLE": fused and loss != "InfoNCE",
+        "WITH_COLUMNS": True,
         "SIZE": tiles.size,
+        "PIECE": tiles.piece,
         "DEPTH": tiles.depth,
-        "DESCRIPTORS": tiles.descriptors,
-        "PRECISION": precision,
+        "PRECISION": "tf32" if kind == "tf32" else "ieee",
         "TOTAL": tl.float64 if total == "fp64" else tl.float32,
     }
     absent = () if conr else _OF_CONR
     absent += () if loss == "InfoNCE" else ("log_q",)
     absent += () if dtype == "fp16" else ("scale",)
+    absent += ("block", "active") if fused else ("row_operand", "column_operand")
     constants |= dict.fromkeys((f"{name}_ptr" for name in absent), None)
     constants |= changes
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
