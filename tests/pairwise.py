@@ -15,6 +15,7 @@ from pyreg.functional import conr_loss, info_nce, supcon_loss
 from pyreg.reference import conr as conr_reference
 from pyreg.reference import info_nce as info_nce_reference
 from pyreg.reference import supcon as supcon_reference
+from tests.oracle import ROUNDOFF
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -49,6 +50,34 @@ class Loss:
         if arguments.get("normalize", True):
             features = tuple(F.normalize(f.flatten(1), eps=1e-12) for f in features)
         return self.reference(*(f.float() for f in features), **arguments).to(features[0].dtype)
+
+    def assert_as_accurate(
+        self, features: list[Tensor], arguments: dict[str, Any], ours: list[Tensor], *, floor: float
+    ) -> None:
+        """Loss and gradients are wrong by at most twice what plain PyTorch in their dtype is wrong by, both against
+        float64, plus ``floor`` roundoffs of themselves and of what they are differences of.
+
+        Those are scores, for the loss: up to 1 / temperature. For the gradient they are the two terms of the score's
+        gradient, both near 1, that come together where a row has found its positive, and its two parts along and
+        across z, of which the latter alone is kept: 1 / (temperature |f_i|) for row i.
+        """
+        theirs = value_and_gradients(self.plain, features, **arguments)
+        truth = value_and_gradients(self.plain, in_float64(features), **arguments)
+        count, reduction = len(features[0]), arguments.get("reduction", "mean")
+        rows, whole = {"mean": (1 / count, 1.0), "sum": (1.0, count), "none": (1.0, count**0.5)}[reduction]
+        scales = [whole / arguments["temperature"]]
+        for tensor in features:
+            lengths = tensor.detach().double().norm(dim=1).clamp_min(1e-12)
+            if arguments.get("normalize", True):
+                lengths = 1 / lengths
+            scales.append(rows / arguments["temperature"] * lengths.norm().item())
+        for actual, plain, expected, scale in zip(ours, theirs, truth, scales, strict=True):
+            assert actual.dtype == plain.dtype
+            assert actual.isfinite().all()
+            error, plain_error = ((x.double() - expected).norm().item() for x in (actual, plain))
+            roundoffs = max(floor, 64) if actual.dtype == torch.float64 else floor
+            limit = 2 * plain_error + roundoffs * ROUNDOFF[actual.dtype] * (expected.norm().item() + scale)
+            assert error <= limit, f"error {error:.2e}, limit {limit:.2e} (plain PyTorch {plain_error:.2e})"
 
 
 def _of_conr(count: int) -> dict[str, Tensor]:

@@ -157,6 +157,32 @@ def test_tiles_without_pairs(device: torch.device, labels: int, dtype: torch.dty
         assert_as_accurate(actual, same_dtype, expected, floor=8)
 
 
+def test_a_distance_that_is_rounded_to_the_window(device: torch.device) -> None:
+    """Labels a little more than the window apart, whose difference in float32 is the window: no tile is skipped."""
+    targets = torch.tensor([-(2.0**-25), 1.0, 50.0]).repeat_interleave(torch.tensor([256, 256, 64])).to(device)
+    preds = targets.clone()
+    preds[512:] = 0.5
+    features = features_like((576, 6), device, torch.float32)
+    losses, expected = (
+        f(features, targets, preds, window=1.0, temperature=0.5, reduction="none") for f in (conr_loss, reference)
+    )
+    torch.testing.assert_close(losses, expected, rtol=64 * ROUNDOFF[torch.float32], atol=0)
+
+
+@pytest.mark.parametrize("norm", [1, 2, INF])
+def test_a_push_as_large_as_the_norm_makes_it(device: torch.device, norm: float) -> None:
+    """45 a label: up to 180 of four, whose exponential is beyond float32."""
+    targets = torch.zeros(12, 4, device=device)
+    targets[6:] = 45
+    preds, features = torch.zeros_like(targets), features_like((12, 3), device, torch.float32)
+    options = {"eta": 1.0, "temperature": 1.0, "label_norm": norm}
+    (value, gradient), (expected, expected_gradient) = (
+        value_and_gradients(f, [features], targets=targets, preds=preds, **options) for f in (conr_loss, reference)
+    )
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)  # roundoffs of 180 in an exponent
+
+
 @pytest.mark.parametrize("count", [60, 700])
 def test_the_order_of_rows_does_not_matter(device: torch.device, count: int) -> None:
     features = features_like((count, 6), device)
@@ -316,9 +342,33 @@ def test_a_row_opposite_to_all_others(device: torch.device, variant: str, dtype:
     ours = value_and_gradients(conr_loss, [features], **arguments)
     truth = value_and_gradients(reference, in_float64([features]), **arguments)
     assert truth[0][0] > 0
-    limit = 512 * ROUNDOFF[dtype]  # exponents of 100, whose roundings add up
+    limit = 1024 * ROUNDOFF[dtype]  # exponents of 100, whose roundings add up
     assert relative_error(ours[0][0], truth[0][0]) <= limit
     assert all(relative_error(actual, expected) <= limit for actual, expected in zip(ours, truth, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("zero", ["weights", "eta"])
+@pytest.mark.parametrize("temperature", [0.02, 0.001])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_factor_of_zero_beside_the_largest_score(
+    device: torch.device, variant: str, zero: str, temperature: float, dtype: torch.dtype
+) -> None:
+    """Beside exp(1 / temperature), which adds nothing, all other terms are below the smallest number."""
+    slant = 5 * temperature  # the cosine of positives
+    near, far = [1.0, 0.0], [slant, math.sqrt(1 - slant**2)]
+    opposite, targets = [-1.0, 0.0], torch.tensor([0, 0, 10, 10, 20, 20, 0, 10], device=device)
+    features = torch.tensor([near, far, near, far, near, opposite, far, opposite], dtype=dtype, device=device)
+    arguments = {"targets": targets, "preds": torch.zeros(8, device=device), "temperature": temperature}
+    arguments |= {"eta": 0.0} if zero == "eta" else {"weights": torch.tensor([0.0, 1, 1, 1, 0, 0, 1, 0]).to(device)}
+    (losses, gradient), (expected, expected_gradient) = (
+        value_and_gradients(f, [x.requires_grad_()], variant=variant, reduction="none", **arguments)
+        for f, x in ((conr_loss, features), (reference, features.detach().double()))
+    )
+    # Exponents of this size carry as many roundoffs, the gradient 1 / temperature times as many.
+    noise = 4 * ROUNDOFF[dtype] / temperature
+    torch.testing.assert_close(losses.double(), expected, rtol=0, atol=noise)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=8 * noise / temperature)
 
 
 def test_weights_of_one_are_none(device: torch.device) -> None:
@@ -369,6 +419,20 @@ def test_rows_of_bad_labels_and_weights_are_in_no_pair(
     losses = conr_loss(features, targets, preds, weights=weights, reduction="none")
     assert losses[8] == 0
     assert losses.isfinite().all()
+
+
+def test_tiles_of_nan_on_the_diagonal(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rows in the order of labels miss another label and its prediction: they are in no pair."""
+    monkeypatch.setattr(_contrastive, "reads_values", lambda tensor: False)
+    features = features_like((600, 4), device)
+    targets = torch.stack([torch.arange(600) / 8, torch.zeros(600)], 1).to(device)
+    preds = targets.roll(5, 0)
+    targets[:70, 1] = preds[:70, 1] = math.nan
+    value, gradient = value_and_gradients(conr_loss, [features], targets=targets, preds=preds, reduction="sum")
+    kept = features.detach()[70:].requires_grad_()
+    expected = value_and_gradients(conr_loss, [kept], targets=targets[70:], preds=preds[70:], reduction="sum")
+    torch.testing.assert_close([value, gradient[70:]], expected, **EXACT)
+    assert (gradient[:70] == 0).all()
 
 
 # ---- hard to misuse ----

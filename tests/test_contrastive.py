@@ -28,9 +28,8 @@ pytestmark = pytest.mark.not_emulated
 SHAPES = [(2, 3), (3, 1), (37, 19), (129, 64), (257, 5), (513, 33)]
 LARGE_SHAPES = [(700, 24), (1031, 7)]
 
-# At a temperature of 0.2 exponents go down to -10 below a row's largest; each is rounded, and its exponential wrong by
-# as many roundoffs.
-FLOOR = 8
+# Roundoffs of the terms that a loss and its gradients are differences of: a score, an exponential, two sums.
+FLOOR = 4
 
 
 @pytest.fixture(params=LOSSES)
@@ -51,13 +50,9 @@ def assert_close(actual: Any, expected: Any, dtype: torch.dtype = torch.float64)
 def test_against_reference(device: torch.device, loss: Loss, shape: tuple[int, int], dtype: torch.dtype) -> None:
     features, arguments = loss.features(shape, dtype, device), loss.arguments(shape[0], device)
     for reduction in REDUCTIONS:
-        ours, theirs = (
-            value_and_gradients(f, features, reduction=reduction, **arguments) for f in (loss.fused, loss.plain)
-        )
-        truth = value_and_gradients(loss.plain, in_float64(features), reduction=reduction, **arguments)
-        for actual, same_dtype, expected in zip(ours, theirs, truth, strict=True):
-            assert actual.dtype == dtype
-            assert_as_accurate(actual, same_dtype, expected, floor=FLOOR)
+        arguments["reduction"] = reduction
+        ours = value_and_gradients(loss.fused, features, **arguments)
+        loss.assert_as_accurate(features, arguments, ours, floor=FLOOR)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,10 +61,7 @@ def test_many_tiles_against_reference(
     device: torch.device, loss: Loss, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     features, arguments = loss.features(shape, dtype, device), loss.arguments(shape[0], device)
-    ours, theirs = (value_and_gradients(f, features, **arguments) for f in (loss.fused, loss.plain))
-    truth = value_and_gradients(loss.plain, in_float64(features), **arguments)
-    for actual, same_dtype, expected in zip(ours, theirs, truth, strict=True):
-        assert_as_accurate(actual, same_dtype, expected, floor=FLOOR)
+    loss.assert_as_accurate(features, arguments, value_and_gradients(loss.fused, features, **arguments), floor=FLOOR)
 
 
 # ---- gradients ----
@@ -199,7 +191,7 @@ def test_zero_features(device: torch.device, loss: Loss, dtype: torch.dtype) -> 
             tensor.zero_()
     value, *gradients = value_and_gradients(loss.fused, features, **arguments)
     expected = value_and_gradients(loss.reference, in_float64(features), **arguments)[0]
-    torch.testing.assert_close(value.double(), expected, rtol=4 * ROUNDOFF[dtype], atol=0)
+    torch.testing.assert_close(value.double(), expected, rtol=16 * ROUNDOFF[dtype], atol=0)
     assert all((gradient == 0).all() for gradient in gradients)
 
 
@@ -231,11 +223,7 @@ def test_low_temperature(device: torch.device, loss: Loss, dtype: torch.dtype) -
     arguments["temperature"] = 0.01
     if not arguments.get("normalize", True):
         features = [(0.3 * tensor.detach()).requires_grad_() for tensor in features]
-    ours, theirs = (value_and_gradients(f, features, **arguments) for f in (loss.fused, loss.plain))
-    truth = value_and_gradients(loss.plain, in_float64(features), **arguments)
-    for actual, same_dtype, expected in zip(ours, theirs, truth, strict=True):
-        assert actual.isfinite().all()
-        assert_as_accurate(actual, same_dtype, expected, floor=32)
+    loss.assert_as_accurate(features, arguments, value_and_gradients(loss.fused, features, **arguments), floor=32)
 
 
 def test_strides_and_further_dimensions(device: torch.device, loss: Loss) -> None:
@@ -338,6 +326,28 @@ def test_opcheck_of_the_gradient(device: torch.device, loss: Loss) -> None:
         tensors = {"conr": 4, "supcon": 2}[loss.operator]
         backward = (upstream, *forward[:tensors], results[1], *forward[tensors:-5], 0, 20)
     opcheck(getattr(torch.ops.pyreg, f"{loss.operator}_backward").default, backward)
+
+
+@pytest.mark.cpu_only
+def test_numbers_out_of_range_in_direct_calls(device: torch.device, loss: Loss) -> None:
+    features, arguments = loss.features((9, 4), torch.float32, device), loss.arguments(9, device)
+    forward = list(operator_arguments(loss, [tensor.detach() for tensor in features], arguments, 1))
+
+    def call(position: int, *values: int) -> tuple[Tensor, ...]:
+        changed = [*forward[:position], *values, *forward[position + len(values) :]]
+        return getattr(torch.ops.pyreg, loss.operator)(*changed)  # type: ignore[no-any-return]
+
+    position, most = len(forward) - (3 if loss.operator == "info_nce" else 5), 2**63 - 1
+    for reduction in (-1, 3):
+        with pytest.raises(ValueError, match=f"expected reduction 0 .* got {reduction}"):
+            call(position, reduction)
+    if loss.operator != "info_nce":
+        for first_row, row_count in ((-1, 9), (0, 10), (9, 1), (most, most)):
+            with pytest.raises(ValueError, match="expected rows within the features'"):
+                call(position + 2, first_row, row_count)
+    elif not arguments.get("symmetric", False):
+        for offset in (9, most, -9, -most):  # no query has a positive
+            assert call(position - 1, offset)[0] == 0
 
 
 @pytest.mark.cpu_only

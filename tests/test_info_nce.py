@@ -216,6 +216,11 @@ IDS, LOG_Q = torch.arange(6), torch.zeros(6)
 BAD: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "list": (TypeError, r"expected query to be a tensor, got list", lambda: info_nce([1.0], K)),  # type: ignore[arg-type]
     "key list": (TypeError, r"expected key to be a tensor, got list", lambda: info_nce(Q, [1.0])),  # type: ignore[arg-type]
+    "trained temperature": (
+        ValueError,
+        r"temperature has no gradient; pass temperature.detach\(\)",
+        lambda: info_nce(Q, K, temperature=torch.tensor(0.1, requires_grad=True)),  # type: ignore[arg-type]
+    ),
     "integers": (TypeError, r"expected key to be float64.* got torch.int64", lambda: info_nce(Q, K.long())),
     "one dimension": (ValueError, r"expected query of shape \[N, D\]", lambda: info_nce(Q[:, 0], K)),
     "no features": (ValueError, r"expected query .* got \[4, 0\]", lambda: info_nce(Q[:, :0], K[:, :0])),

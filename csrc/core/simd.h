@@ -30,6 +30,7 @@ typedef uint32_t UInt32Vector __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t UInt16Vector __attribute__((vector_size(kVectorBytes / 2)));
 typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Int64Vector __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t UInt64Vector __attribute__((vector_size(kVectorBytes)));
 
 template <typename A>
 struct VectorOf;

@@ -212,9 +212,9 @@ PYREG_HOST_DEVICE DoubleVector exponential(DoubleVector x) {
   // The integer n is in the last bits of `shifted`; moved up into the exponent's, those above it are gone.
   const DoubleVector shifted_half = rounded * 0.5 + kRound;
   const DoubleVector shifted_rest = (rounded - (shifted_half - kRound)) + kRound;
-  const Int64Vector one = bit_cast<Int64Vector>(broadcast(1.0));
-  const DoubleVector first = bit_cast<DoubleVector>((bit_cast<Int64Vector>(shifted_half) << 52) + one);
-  const DoubleVector second = bit_cast<DoubleVector>((bit_cast<Int64Vector>(shifted_rest) << 52) + one);
+  const UInt64Vector one = bit_cast<UInt64Vector>(broadcast(1.0));
+  const DoubleVector first = bit_cast<DoubleVector>((bit_cast<UInt64Vector>(shifted_half) << 52) + one);
+  const DoubleVector second = bit_cast<DoubleVector>((bit_cast<UInt64Vector>(shifted_rest) << 52) + one);
   return mantissa * first * second;
 }
 PYREG_HOST_DEVICE DoubleVector arc_tangent(DoubleVector x) {

@@ -47,6 +47,8 @@ def feature_rows(operator: str, name: str, features: Tensor) -> Tensor:
 
 def check_number(operator: str, name: str, value: float, low: float, or_equal: bool) -> float:
     """A finite number above ``low``."""
+    if isinstance(value, Tensor):
+        check_constant(operator, name, value)
     try:
         fits = (low <= value if or_equal else low < value) and value < math.inf
     except TypeError:

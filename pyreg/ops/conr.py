@@ -1,6 +1,7 @@
 """ConR: the public function, and how torch traces, differentiates and batches it.
 
-Kernels: ``csrc/conr`` and, on CUDA, ``triton_kernels/contrastive.py``. Definition: :mod:`pyreg.reference.conr`.
+Kernels: ``csrc/conr``; on CUDA, torch's own operators (``pyreg/ops/_pairs.py``). Definition:
+:mod:`pyreg.reference.conr`.
 """
 
 from __future__ import annotations
