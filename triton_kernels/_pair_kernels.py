@@ -1,4 +1,29 @@
-"""KERNELS"""
+"""Triton kernels of the pairwise contrastive losses; contrastive.py launches them.
+
+Rows i and columns j (the same samples; for InfoNCE queries and keys), with z = f / max(|f|, 1e-12) or f itself:
+
+    s_ij = z_i . z_j / temperature,   lse_i = log( sum_j a_ij exp(x_ij) + extra_i ),   T_i = sum_{j in P_i} x_ij
+
+    loss_i = alpha_i lse_i - beta_i T_i
+    G_ij = d loss_i / d s_ij = alpha_i a_ij exp(x_ij - lse_i) - beta_i [j in P_i]
+    H_ij = u_i G_ij + u_j G'_ji,   dz_i = sum_j H_ij z_j / temperature,   df = (dz - z (z . dz)) / max(|f|, 1e-12)
+
+    ConR            x_ij = s_ij, of negatives + eta d_ij;   a_ij = 1, of negatives w_i (nyud2: w_i eta d_ij)
+    supervised      x_ij = s_ij;   a_ij = 1 for j != i
+    InfoNCE         x_ij = s_ij - log_q_j;   a_ij = 1, 0 for duplicates of the positive
+
+u is the gradient of the rows' losses; G' is that of the columns' losses: for ConR and supervised contrastive the rows'
+again, for InfoNCE without log_q. Exponents are in units of log 2. Sums of a tile are in float32 (float64 for float64),
+what follows from a row's sums in float64.
+
+The operands of the products are the features times a power of two a row that brings the norm into [1, 2): exact, and
+no product of theirs overflows, whatever the features. What is left of the norm, and 1 / temperature, multiplies the
+products. They are padded with zeros to whole tiles, which are then loaded without masks.
+
+Of a tile inside, the range of whose exponents is small, a constant is subtracted from exponents, and one exponential
+serves row and column. Other tiles (on the diagonal, at the edges; all where the temperature is very low, features are
+not normalised, or labels lie far apart) take every check, and the row's and the column's maximum for themselves.
+"""
 
 from __future__ import annotations
 
@@ -358,9 +383,7 @@ def _constant_shift(
     shift = scale
     if SHIFT == BY_TILE:
         rows, columns = row + tl.arange(0, SIZE), column + tl.arange(0, SIZE)
-        reach = _largest_distance(
-            row_labels_ptr, column_labels_ptr, rows, columns, n_rows, n_columns, n_labels, NORM
-        )
+        reach = _largest_distance(row_labels_ptr, column_labels_ptr, rows, columns, n_rows, n_columns, n_labels, NORM)
         shift += push * reach.to(scale.dtype)
     is_inner = (row + SIZE <= n_rows) & (column + SIZE <= n_columns) & (tl.abs(row + diagonal - column) >= SIZE)
     return shift, is_inner & (scale + shift <= SMALL_RANGE)
@@ -390,6 +413,12 @@ def _products(
         row_pointers += DEPTH
         column_pointers += DEPTH
     return total
+
+
+@triton.jit
+def _block_pointers(block_ptr, stride, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    return block_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
 
 
 @triton.jit
@@ -441,7 +470,7 @@ def _pair_terms(
         term = tl.exp2(x - shift)
     else:
         shift = tl.where(related, x, float("-inf"))
-        term = tl.full(x.shape, 1.0, x.dtype) + (x - x)  # NaN stays
+        term = tl.where(x == x, 1.0, x)  # NaN stays
     term = tl.where(related, _weigh(term, negative, factor, WITH_FACTORS), 0.0)
     count = tl.where(positive, 1.0, 0.0).to(x.dtype)
     if LOSS == CONR:
@@ -586,20 +615,24 @@ def _sum_tile(
         if WITH_COLUMNS:
             _store_sums(column_sums_ptr + columns, column_step, _sum_terms(terms, 0, LOSS, INNER), inside, LOSS)
     else:
-        nothing = tl.zeros((PIECE, SIZE), TOTAL)
+        # Zeros in the layout of loaded products: others have one of their own, and so has what is added to them.
+        block_pointers = _block_pointers(block_ptr, stride, block_row, block_column, PIECE, SIZE)
+        nothing = tl.load(block_pointers, mask=(columns < 0)[None, :], other=0.0)
         terms = (shift, nothing, nothing, nothing)
         if not INNER:
             terms = (tl.full((PIECE, SIZE), float("-inf"), TOTAL), nothing, nothing, nothing)
+        products = tl.load(block_pointers)
         for start in range(0, SIZE, PIECE):
             rows = row + start + tl.arange(0, PIECE)
-            block_rows = block_row + start + tl.arange(0, PIECE)
-            offsets = block_rows.to(tl.int64)[:, None] * stride + (block_column + tl.arange(0, SIZE))[None, :]
+            next_row = block_row + tl.minimum(start + PIECE, SIZE - PIECE)  # on its way while these are used
+            next_products = tl.load(_block_pointers(block_ptr, stride, next_row, block_column, PIECE, SIZE))
             more = _sum_rows(
-                tl.load(block_ptr + offsets), rows, columns, row_side, column_side, column_vectors, log_q_ptr,
+                products, rows, columns, row_side, column_side, column_vectors, log_q_ptr,
                 numbers, shift, row_slot, LOSS, NORM, PUSH, ONE_LABEL, WITH_FACTORS, INNER, True,
             )  # fmt: skip
             if WITH_COLUMNS:
                 terms = _add_terms(terms, more, INNER)
+            products = next_products
         if WITH_COLUMNS:
             before = _load_sums(column_sums_ptr + columns, column_step, inside, LOSS)
             sums = _add_sums(before, _sum_terms(terms, 0, LOSS, INNER))
@@ -737,6 +770,7 @@ def _row_terms(
             negatives += tl.sum(tl.load(pointers + 4 * step, mask=inside, other=0.0).to(tl.float64), 0)
 
     shift = tl.where(largest == float("-inf"), 0.0, largest).to(tl.float64)
+    exponentials = tl.where(largest == float("-inf"), 0.0, exponentials)
     active = positives > 0
     alpha = tl.full((BLOCK_R,), 1.0, tl.float64)
     beta = tl.full((BLOCK_R,), 1.0, tl.float64)
@@ -814,11 +848,10 @@ def finish_kernel(
             tl.store(partial_ptr + tl.program_id(0), total)
             tl.store(partial_ptr + tl.num_programs(0) + tl.program_id(0), count)
         else:
-            if REDUCTION == 1:
-                if LOSS == SUPCON:
-                    total = total / tl.maximum(count, 1.0)
-                else:
-                    total = total / n_total
+            if REDUCTION == 1 and LOSS == SUPCON:
+                total = total / tl.maximum(count, 1.0)
+            elif REDUCTION == 1:
+                total = total / n_total
             result = round_to(total.to(row_sums_ptr.dtype.element_ty), loss_ptr.dtype.element_ty)
             tl.store(loss_ptr, result)
 
@@ -900,7 +933,7 @@ def _store_gradient(
     target_ptr, stride, target_row, target_column, mirrored_columns = target
     gradient = round_to(gradient, target_ptr.dtype.element_ty)
     rows, columns = target_row + start + tl.arange(0, ROWS), target_column + tl.arange(0, COLUMNS)
-    tl.store(target_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], gradient)
+    tl.store(_block_pointers(target_ptr, stride, target_row + start, target_column, ROWS, COLUMNS), gradient)
     if MIRRORED:
         pointers = target_ptr + columns.to(tl.int64)[None, :] * stride + rows[:, None]
         tl.store(pointers, gradient, mask=(columns < mirrored_columns)[None, :])
@@ -948,14 +981,16 @@ def _gradient_tile(
             MIRRORED,
         )  # fmt: skip
     else:
+        products = tl.load(_block_pointers(block_ptr, stride, block_row, block_column, PIECE, SIZE))
         for start in range(0, SIZE, PIECE):
-            block_rows = block_row + start + tl.arange(0, PIECE)
-            offsets = block_rows.to(tl.int64)[:, None] * stride + (block_column + tl.arange(0, SIZE))[None, :]
+            next_row = block_row + tl.minimum(start + PIECE, SIZE - PIECE)
+            next_products = tl.load(_block_pointers(block_ptr, stride, next_row, block_column, PIECE, SIZE))
             _store_gradient(
-                tl.load(block_ptr + offsets), row, start, columns, row_side, column_side, column_vectors, log_q_ptr,
+                products, row, start, columns, row_side, column_side, column_vectors, log_q_ptr,
                 numbers, shift, row_losses, column_losses, outer_scale, target, LOSS, NORM, PUSH, ONE_LABEL,
                 WITH_FACTORS, INNER, MIRRORED,
             )  # fmt: skip
+            products = next_products
 
 
 @triton.jit(do_not_specialize=COUNTS)

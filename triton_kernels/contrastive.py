@@ -1,41 +1,30 @@
-"""ConR, supervised contrastive and InfoNCE losses on tensor cores: pairs of samples exist only as tiles in registers.
+"""ConR, supervised contrastive and InfoNCE losses on tensor cores. No N x M matrix exists.
 
-Rows i and columns j (the same samples; for InfoNCE queries and keys), with z = f / max(|f|, 1e-12) or f itself:
+_pair_kernels.py has the formulas. For N rows of D features, with b bytes each:
 
-    s_ij = z_i . z_j / temperature,   lse_i = log( sum_j a_ij exp(x_ij) + extra_i ),   T_i = sum_{j in P_i} x_ij
+Operands. A pass writes the features anew, scaled, padded, and sorted where that pays: 2 b N D bytes.
 
-    loss_i = alpha_i lse_i - beta_i T_i
-    G_ij = d loss_i / d s_ij = alpha_i a_ij exp(x_ij - lse_i) - beta_i [j in P_i]
-    H_ij = u_i G_ij + u_j G'_ji,   dz_i = sum_j H_ij z_j / temperature,   df = (dz - z (z . dz)) / |f|
+Few samples. A program multiplies a tile's rows and columns (tl.dot), and what the tile adds to the sums of its rows and
+columns follows in registers. With the operands before and the sums of the tiles after, that is three launches. N^2 D
+operations and N^2 / 2 exponentials: of rows that are the columns, the tiles of the upper triangle.
 
-    ConR            x_ij = s_ij, of negatives + eta d_ij;   a_ij = 1, of negatives w_i (nyud2: w_i eta d_ij)
-    supervised      x_ij = s_ij;   a_ij = 1 for j != i
-    InfoNCE         x_ij = s_ij - log_q_j;   a_ij = 1 but for duplicates of the positive
+Many samples. A kernel that holds the products of a tile of 128 x 128 has too few registers left for what follows, and
+nothing else on its multiprocessor to multiply meanwhile. Here torch's matrix product fills a block of at most 64 MB,
+next to L2's size, and a second kernel reads it, 1024 pairs at a time. Of rows that are the columns, blocks of the
+upper triangle, which is (1 + 1 / n) N^2 D operations for n blocks a side; each pair's product is written and read
+once, 8 bytes, and every arithmetic of torch's (TF32, float32, float64) is as fast as torch's. The sums of a block's
+rows and columns are added to slots, one for each tile of the block's columns and rows, in the order of the blocks.
+At N = 32768, D = 512 in bfloat16 on an H100: products 0.8 ms, the other half 0.8 ms of some 30 instructions a pair.
 
-u is the gradient of the rows' losses; G' is that of the columns' losses, which for ConR and supervised contrastive are
-the rows again. Kernels hold exponents in units of log 2. Sums of a tile are in float32 (float64 for float64), what
-follows from a row's sums in float64.
-
-Operands. A pass writes the features times a power of two a row that brings the norm into [1, 2): exact, and no product
-of theirs overflows, whatever the features. What is left of the norm, and 1 / temperature, multiplies the scores. The
-copy is padded with zeros to whole tiles, so that tiles are loaded without masks, and is in the order of the labels
-where tiles are skipped. It moves 2 N D elements beside the N^2 D operations of the forward pass.
-
-Forward. A tile's product takes 2 SIZE^2 D operations, its exponentials serve rows and columns: one for both where the
-range of a tile's exponents is small (a constant is subtracted), else one for each (the row's and the column's maximum).
-ConR and supervised contrastive take the tiles of the upper triangle alone. A program takes a square of tiles and owns
-one slot of sums for its rows and one for its columns; there are at most 64 slots for each row, however many rows.
-Adding the slots up in their order makes the result the same on every run. N^2 D operations, N^2 / 2 exponentials;
-16 to 20 bytes for each row and slot.
-
-Backward. Tiles of H, made anew and rounded to the dtype of the features, fill a block of up to 64 MB, which torch's
+Backward. Tiles of H, made from the products anew and rounded to the dtype of the features, fill a block, which torch's
 matrix product multiplies with the operands. A block off the diagonal serves rows and columns, as H and as its
-transpose: 3 N^2 D operations in all, and 4 bytes or 2 written and read twice for every two pairs. What a row's norm
-and z (z . dz) do to the sum is a pass of its own.
+transpose: 3 N^2 D operations in all. What the norm and z (z . dz) do to the sum is a pass of its own.
 
-Skipped tiles (ConR). Bounds of labels and predictions of a tile's rows and columns prove many tiles without positives
-and negatives where rows are ordered by label and prediction. It takes two sorts, and is done where the products take
-several times their time.
+Skipped tiles (ConR). In the order of label and prediction, bounds of a tile's labels and predictions prove many tiles
+empty. They are then skipped in both products, which are Triton's there, and between them. It takes two sorts, and is
+done where the products take several times their time.
+
+Every sum is in a fixed order: the same bits on every run.
 """
 
 from __future__ import annotations
@@ -63,37 +52,46 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     piece: int = 0  # rows of a tile in memory that are taken at a time; 0 where the tiles' products stay in registers
+    registers: int = 255  # of a thread: without a limit of ours, ptxas spills to have room for one program more
+
+    def options(self, *, wide_labels: bool = False) -> dict[str, Any]:
+        """Of a launch; labels of several numbers, or of float64, take more registers."""
+        registers = 255 if wide_labels else self.registers
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": registers, **OPTIONS}
 
 
 # Of few samples a tile's products stay in registers: three launches, and a tile that is small enough for several on a
 # multiprocessor, and for the exponentials of all its pairs beside its products.
 _FUSED_TILES = {
-    "16 bits": Tiles(64, 64, warps=4, stages=3),
-    "tf32": Tiles(64, 32, warps=4, stages=3),
-    "ieee": Tiles(32, 32, warps=4, stages=2),
-    "fp64": Tiles(32, 16, warps=4, stages=2),
+    "16 bits": Tiles(64, 64, warps=8, stages=5),
+    "tf32": Tiles(64, 32, warps=8, stages=5),
+    "ieee": Tiles(32, 32, warps=4, stages=3),
+    "fp64": Tiles(32, 16, warps=8, stages=3),
 }
 _MOST_FUSED = 1024  # rows, and columns
 
-# Of many a block of them is in memory, most of it in L2. 32 x 128 at a time are 32 of a thread.
+# Of many a block of them is in memory, most of it in L2. 8 x 128 at a time are 8 of a thread; 168 registers let three
+# programs run on a multiprocessor.
 _BLOCK_TILES = {
-    "16 bits": Tiles(128, 64, warps=4, stages=1, piece=32),
-    "tf32": Tiles(128, 32, warps=4, stages=1, piece=32),
-    "ieee": Tiles(128, 16, warps=4, stages=1, piece=32),
-    "fp64": Tiles(128, 16, warps=4, stages=1, piece=16),
+    "16 bits": Tiles(128, 64, warps=4, stages=1, piece=8, registers=168),
+    "tf32": Tiles(128, 32, warps=4, stages=1, piece=8, registers=168),
+    "ieee": Tiles(128, 16, warps=4, stages=1, piece=8, registers=168),
+    "fp64": Tiles(128, 16, warps=4, stages=1, piece=4),
 }
 _BLOCK_BYTES = 64 << 20  # of products and H
-# Operations of a block's product, from which on a block is not worth dividing: 40 us of an H100, what its launches cost.
-_BLOCK_OPERATIONS = {"16 bits": 3e10, "tf32": 1.5e10, "ieee": 2e9, "fp64": 2e9}
+# Operations of a block's product: 80 us of an H100, twice what the launches of a block take of a processor.
+_BLOCK_OPERATIONS = {"16 bits": 6e10, "tf32": 3e10, "ieee": 4e9, "fp64": 4e9}
 
-# Products of active tiles: 128 x 128 results in 8 warps.
+# Products of active tiles: 128 x 128 results in 8 warps, at most 64 KB.
 _PRODUCT_OPTIONS = {"num_warps": 8, "num_stages": 3}
+_PRODUCT_WIDTH = 512  # bytes of a row of results
 
 _EMULATED_FUSED_TILES = Tiles(16, 16, warps=1, stages=1)  # small: a small test has several
 _EMULATED_BLOCK_TILES = Tiles(16, 16, warps=1, stages=1, piece=8)
 
 # Of the kernels that are bound by memory: 2048 elements a program. 128 rows' sums lie next to each other in a slot.
 _ELEMENT_BLOCKS = {"BLOCK_R": 4, "BLOCK_H": 512}
+_ELEMENT_OPTIONS = OPTIONS | {"maxnreg": 128}
 _FINISH_BLOCKS = {"BLOCK_R": 128, "BLOCK_T": 8}
 _ACTIVE_CHUNK = 16
 
@@ -194,6 +192,7 @@ class _Problem(NamedTuple):
     def common(self) -> dict[str, Any]:
         """What the kernels that take tiles of pairs have in common."""
         tiles, rows, columns = self.tiles, self.rows, self.columns
+        n_labels = 1 if rows.labels is None else rows.labels.numel() // rows.count
         return {
             "row_operand_ptr": rows.operand.values,
             "column_operand_ptr": columns.operand.values,
@@ -209,7 +208,7 @@ class _Problem(NamedTuple):
             "n_rows": rows.count,
             "n_columns": columns.count,
             "depth": columns.operand.values.shape[1],
-            "n_labels": 1 if rows.labels is None else rows.labels.numel() // rows.count,
+            "n_labels": n_labels,
             "diagonal": self.diagonal,
             "score_scale": math.log2(math.e) / self.temperature,
             "push_scale": self.push_scale,
@@ -218,15 +217,13 @@ class _Problem(NamedTuple):
             "NORM": self.norm,
             "PUSH": self.push,
             "SHIFT": self.shift,
-            "ONE_LABEL": rows.labels is None or rows.labels.numel() == rows.count,
+            "ONE_LABEL": n_labels == 1,
             "WITH_FACTORS": rows.weights is not None or self.push == kernels.PUSH_FACTOR.value,
             "SIZE": tiles.size,
             "PIECE": tiles.piece,
             "DEPTH": tiles.depth,
             **self.arithmetic,
-            "num_warps": tiles.warps,
-            "num_stages": tiles.stages,
-            **OPTIONS,
+            **tiles.options(wide_labels=n_labels > 1 or (rows.preds is not None and rows.preds.dtype == torch.float64)),
         }
 
     @property
@@ -284,9 +281,7 @@ def _prepare(
 
     def new(count: int) -> _Operand:
         padded = triton.cdiv(count, tiles.size) * tiles.size + spare
-        return _Operand(
-            features.new_empty((padded, depth), dtype=dtype), features.new_empty((3, padded), dtype=total)
-        )
+        return _Operand(features.new_empty((padded, depth), dtype=dtype), features.new_empty((3, padded), dtype=total))
 
     row_operand = new(features.shape[0])
     column_operand = row_operand if columns is None else new(columns.shape[0])
@@ -310,7 +305,7 @@ def _prepare(
         SORTED=order is not None,
         WITH_COLUMNS=columns is not None,
         **_ELEMENT_BLOCKS,
-        **OPTIONS,
+        **_ELEMENT_OPTIONS,
     )
     return row_operand, column_operand
 
@@ -673,9 +668,7 @@ def _block_scale(problem: _Problem, *losses: _Losses | None) -> Tensor:
 
     |H_ij| is at most |u_i| (alpha_i + beta_i) + |u_j| (alpha_j + beta_j), over the temperature.
     """
-    bound = sum(
-        (side.statistics[1:].abs().sum(0) * side.upstream.abs()).amax() for side in losses if side is not None
-    )
+    bound = sum((side.statistics[1:].abs().sum(0) * side.upstream.abs()).amax() for side in losses if side is not None)
     return torch.exp2((2.0**14 * problem.temperature / bound).log2().floor().clamp(-100.0, 100.0))
 
 
@@ -685,7 +678,7 @@ def _multiply_active(
     size, depth = problem.tiles.size, out.shape[1]
     row_tiles = h.shape[0] // size
     transposed = h.stride(1) != 1
-    width = min(triton.next_power_of_2(depth), size)
+    width = min(triton.next_power_of_2(depth), size, _PRODUCT_WIDTH // out.element_size())
     kernels.active_product_kernel[(row_tiles * triton.cdiv(depth, width),)](
         h,
         problem.rows.operand.values,
@@ -726,7 +719,7 @@ def _finish_gradient(problem: _Problem, side: _Side, total: Tensor, scale: Tenso
         norms.stride(0),
         NORMALIZE=problem.normalize,
         **_ELEMENT_BLOCKS,
-        **OPTIONS,
+        **_ELEMENT_OPTIONS,
     )
     return out
 
@@ -734,8 +727,8 @@ def _finish_gradient(problem: _Problem, side: _Side, total: Tensor, scale: Tenso
 # ---- the operators ----
 
 
-def _without_rows(loss_rows: Tensor, reduction: int, loss_dtype: torch.dtype) -> Tensor:
-    return loss_rows.new_zeros((0,) if reduction == 0 else (), dtype=loss_dtype)
+def _loss_of_nothing(features: Tensor, reduction: int, loss_dtype: torch.dtype) -> Tensor:
+    return features.new_zeros((0,) if reduction == 0 else (), dtype=loss_dtype)
 
 
 def _one_operator(
@@ -748,13 +741,14 @@ def _one_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, statistics and, where wanted, the gradient of a loss whose rows are its columns."""
     total = _total_dtype(features.dtype)
+    no_gradient = features.new_empty((0, features.shape[1]) if with_gradient else (0,), dtype=total)
     if row_count == 0:
-        return _without_rows(features, reduction, loss_dtype), features.new_empty((3, 0), dtype=total), features[:0, 0]
+        return _loss_of_nothing(features, reduction, loss_dtype), features.new_empty((3, 0), dtype=total), no_gradient
     with torch.cuda.device_of(features):
         problem = build()
         loss, statistics, _ = _forward(problem, reduction, loss_dtype)
         if not with_gradient:
-            return loss, statistics, features.new_empty(0, dtype=total)
+            return loss, statistics, no_gradient
         upstream = torch.ones_like(statistics[0])
         if reduction == 1:
             upstream /= statistics[1].sum().clamp(min=1) if problem.loss == kernels.SUPCON.value else row_count
@@ -826,14 +820,10 @@ def conr_backward(
         return _own_gradient(problem, statistics, grad_rows, first_row, row_count)
 
 
-def _own_gradient(
-    problem: _Problem, statistics: Tensor, grad_rows: Tensor, first_row: int, row_count: int
-) -> Tensor:
+def _own_gradient(problem: _Problem, statistics: Tensor, grad_rows: Tensor, first_row: int, row_count: int) -> Tensor:
     own = slice(first_row, first_row + row_count)
     grad_rows = grad_rows.contiguous()
-    gradient, _ = _gradients(
-        problem, _Losses(statistics[:, own], grad_rows[own]), _Losses(statistics, grad_rows)
-    )
+    gradient, _ = _gradients(problem, _Losses(statistics[:, own], grad_rows[own]), _Losses(statistics, grad_rows))
     return gradient
 
 
@@ -906,7 +896,11 @@ def info_nce(
         )
         return loss, empty, statistics
     if query.shape[0] == 0:
-        return _without_rows(query, reduction, loss_dtype), empty, empty.new_zeros((3, key.shape[0] if by_key else 0))
+        return (
+            _loss_of_nothing(query, reduction, loss_dtype),
+            empty,
+            empty.new_zeros((3, key.shape[0] if by_key else 0)),
+        )
     with torch.cuda.device_of(query):
         problem = _info_nce_problem(query, key, log_q, query_ids, key_ids, temperature, normalize, offset, by_key)
         return _forward(problem, reduction, loss_dtype)
@@ -937,8 +931,7 @@ def info_nce_backward(
         )
         return gradients[1], gradients[0]
     if query.shape[0] == 0 or key.shape[0] == 0:
-        gradients = [torch.zeros_like(side) if needs else none for side, needs in zip((query, key), needs_grad)]
-        return gradients[0], gradients[1]
+        return torch.zeros_like(query) if needs_grad[0] else none, torch.zeros_like(key) if needs_grad[1] else none
     both = grad_keys.shape[0] > 0
     with torch.cuda.device_of(query):
         problem = _info_nce_problem(query, key, log_q, query_ids, key_ids, temperature, normalize, offset, both)
@@ -952,30 +945,51 @@ def info_nce_backward(
     return none if by_row is None else by_row, none if by_column is None else by_column
 
 
-
-
 # ---- what tools/triton_report.py compiles ----
 
+_EVERY = (80, 90, 100, 120)
 _LOSSES = {"ConR": kernels.CONR.value, "SupCon": kernels.SUPCON.value, "InfoNCE": kernels.INFO_NCE.value}
 _OF_CONR = ("row_preds", "column_preds", "row_weights", "column_weights", "active")
 
 
+def _dtypes(kind: str) -> tuple[str, str]:
+    """Of operands and of sums."""
+    dtype = "fp32" if kind in ("ieee", "tf32") else kind
+    return dtype, "fp64" if kind == "fp64" else "fp32"
+
+
+def _types(**pointers: str) -> dict[str, str]:
+    return (
+        {f"{name}_ptr": f"*{of}:16" for name, of in pointers.items()}
+        | dict.fromkeys(kernels.COUNTS, "i32")
+        | dict.fromkeys(
+            ("depth", "block_stride", "n_features", "padded_rows", "padded_columns", "norms_step"), "i32:16"
+        )
+        | dict.fromkeys(("row_statistics_step", "column_statistics_step"), "i32")
+        | dict.fromkeys(("score_scale", "push_scale", "window", "gradient_scale"), "fp64")
+    )
+
+
+def _arithmetic_of(kind: str) -> dict[str, Any]:
+    return {"PRECISION": "tf32" if kind == "tf32" else "ieee", "TOTAL": tl.float64 if kind == "fp64" else tl.float32}
+
+
+def _variant(kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]) -> Any:
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return kernel, types, constants, options, _EVERY
+
+
 def _pair_variant(kernel: Any, tiles: Tiles, kind: str, loss: str, *, labels: str = "fp32", **changes: Any) -> Any:
     """A kernel that takes tiles of pairs; in the form of ``loss`` that does most, but for ``changes`` of constants."""
-    conr = loss == "ConR"
-    dtype = {"ieee": "fp32", "tf32": "fp32"}.get(kind, kind)
-    total = "fp64" if dtype == "fp64" else "fp32"
-    labels = labels if conr else "i64"
-    kinds = dict.fromkeys(("row_operand", "column_operand", "target"), dtype)
-    kinds |= dict.fromkeys(("row_labels", "column_labels", "row_preds", "column_preds"), labels)
-    kinds |= dict.fromkeys(("block", "row_inverse", "column_inverse", "row_weights", "column_weights", "log_q"), total)
-    kinds |= dict.fromkeys(("row_sums", "column_sums", "row_statistics", "column_statistics", "scale"), total)
-    kinds |= dict.fromkeys(("row_upstream", "column_upstream"), total) | {"active": "i8"}
-    types = {f"{name}_ptr": f"*{of}:16" for name, of in kinds.items()}
-    types |= dict.fromkeys(kernels.COUNTS, "i32") | dict.fromkeys(("depth", "block_stride"), "i32:16")
-    types |= dict.fromkeys(("row_statistics_step", "column_statistics_step"), "i32")
-    types |= dict.fromkeys(("score_scale", "push_scale", "window", "gradient_scale"), "fp64")
-    fused = tiles.piece == 0
+    conr, fused = loss == "ConR", tiles.piece == 0
+    dtype, total = _dtypes(kind)
+    sides = {name: labels if conr else "i64" for name in ("row_labels", "column_labels", "row_preds", "column_preds")}
+    sums = (
+        "block", "row_inverse", "column_inverse", "row_weights", "column_weights", "log_q", "row_sums", "column_sums",
+        "row_statistics", "column_statistics", "row_upstream", "column_upstream", "scale",
+    )  # fmt: skip
+    operands = dict.fromkeys(("row_operand", "column_operand", "target"), dtype)
+    types = _types(**operands, **sides, **dict.fromkeys(sums, total), active="i8")
     constants = {
         "LOSS": _LOSSES[loss],
         "NORM": 2,
@@ -988,14 +1002,84 @@ def _pair_variant(kernel: Any, tiles: Tiles, kind: str, loss: str, *, labels: st
         "SIZE": tiles.size,
         "PIECE": tiles.piece,
         "DEPTH": tiles.depth,
-        "PRECISION": "tf32" if kind == "tf32" else "ieee",
-        "TOTAL": tl.float64 if total == "fp64" else tl.float32,
+        **_arithmetic_of(kind),
     }
     absent = () if conr else _OF_CONR
-    absent += () if loss == "InfoNCE" else ("log_q",)
+    absent += () if changes.get("log_q_ptr") else ("log_q",)
     absent += () if dtype == "fp16" else ("scale",)
     absent += ("block", "active") if fused else ("row_operand", "column_operand")
     constants |= dict.fromkeys((f"{name}_ptr" for name in absent), None)
-    constants |= changes
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return kernel, types, constants, {"num_warps": tiles.warps, "num_stages": tiles.stages} | OPTIONS
+    constants |= {name: value for name, value in changes.items() if name != "log_q_ptr"}
+    wide_labels = labels == "fp64" or not constants["ONE_LABEL"]
+    return _variant(kernel, types, constants, tiles.options(wide_labels=wide_labels))
+
+
+def _pair_variants() -> dict[str, Any]:
+    sums, gradient = kernels.sums_kernel, kernels.gradient_kernel
+    largest = {"SHIFT": kernels.MAXIMUM.value}
+    forms: dict[str, dict[str, Any]] = {
+        "": {},
+        " at low temperature, labels [N, K]": {"ONE_LABEL": False, **largest},
+        " of nyud2, labels fp64": {"PUSH": kernels.PUSH_FACTOR.value, "labels": "fp64"},
+        " with log_q": {"log_q_ptr": True, **largest},
+    }
+    conr = [("ConR", form) for form in list(forms)[:3]]
+    others = [("SupCon", ""), ("InfoNCE", ""), ("InfoNCE", " with log_q")]
+    wanted = [
+        # Products in registers: of every arithmetic, in every form.
+        *((kernel, _FUSED_TILES, "bf16", *of) for kernel in (sums, gradient) for of in conr + others),
+        *((kernel, _FUSED_TILES, kind, "ConR", "") for kernel in (sums, gradient) for kind in ("tf32", "ieee", "fp64")),
+        *((kernel, _FUSED_TILES, "ieee", of, "") for kernel in (sums, gradient) for of in ("SupCon", "InfoNCE")),
+        (gradient, _FUSED_TILES, "fp16", "ConR", ""),
+        # Products in memory: the operands' dtype is nothing to sums.
+        *((kernel, _BLOCK_TILES, "bf16", *of) for kernel in (sums, gradient) for of in conr + others),
+        *((kernel, _BLOCK_TILES, "fp64", "ConR", "") for kernel in (sums, gradient)),
+        *((gradient, _BLOCK_TILES, kind, "ConR", "") for kind in ("fp16", "ieee")),
+    ]
+    found = {}
+    for kernel, of_kind, kind, loss, form in wanted:
+        tiles = of_kind.get(kind, of_kind["16 bits"])
+        place = "fused" if tiles.piece == 0 else "block"
+        name = f"contrastive {kernel.fn.__name__.removesuffix('_kernel')} {place} {loss} {kind}{form}"
+        found[name] = _pair_variant(kernel, tiles, kind, loss, **forms[form])
+    return found
+
+
+def _other_variants() -> dict[str, Any]:
+    found = {}
+    for kind in ("bf16", "tf32", "ieee", "fp64"):
+        dtype, total = _dtypes(kind)
+        tiles = _BLOCK_TILES["16 bits" if kind == "bf16" else kind]
+        width = min(_PRODUCT_WIDTH // (8 if kind == "fp64" else 4), tiles.size)
+        constants = {"SIZE": tiles.size, "DEPTH": tiles.depth, "WIDTH": width, **_arithmetic_of(kind)}
+        options = _PRODUCT_OPTIONS | OPTIONS
+        types = _types(operand=dtype, active="i8", block=total)
+        found[f"contrastive active_scores {kind}"] = _variant(kernels.active_scores_kernel, types, constants, options)
+        types = _types(list="i32", length="i32", operand=dtype, block=dtype, out=total)
+        for transposed in (False, True) if kind == "bf16" else (True,):
+            found[f"contrastive active_product {kind}{' transposed' if transposed else ''}"] = _variant(
+                kernels.active_product_kernel, types, constants | {"TRANSPOSED": transposed, "ADDED": True}, options
+            )
+    for kind, is_sorted in (("bf16", False), ("fp32", True), ("fp64", False)):
+        dtype, total = _dtypes(kind)
+        operands = ("row_features", "column_features", "row_operand", "column_operand", "operand", "out")
+        sums = ("row_norms", "column_norms", "norms", "product", "scale")
+        types = _types(**dict.fromkeys(operands, dtype), **dict.fromkeys(sums, total), order="i64")
+        constants = {"NORMALIZE": True, "SORTED": is_sorted, "WITH_COLUMNS": not is_sorted}
+        constants |= _ELEMENT_BLOCKS | _arithmetic_of(kind)
+        for kernel in (kernels.prepare_kernel, kernels.finish_gradient_kernel):
+            name = f"contrastive {kernel.fn.__name__.removesuffix('_kernel')} {kind}"
+            found[name] = _variant(kernel, types, constants, _ELEMENT_OPTIONS)
+    for total, loss, reduction in (("fp32", "ConR", 0), ("fp32", "SupCon", 1), ("fp64", "InfoNCE", 2)):
+        sums = ("row_sums", "column_sums", "weights", "row_statistics", "column_statistics", "loss")
+        types = _types(**dict.fromkeys(sums, total), order="i64", partial="fp64")
+        constants = {"LOSS": _LOSSES[loss], "VARIANT": 1, "REDUCTION": reduction, **_FINISH_BLOCKS}
+        found[f"contrastive finish {loss} {total}"] = _variant(kernels.finish_kernel, types, constants, OPTIONS)
+    for labels in ("fp32", "fp64"):
+        types = _types(labels=labels, preds=labels, active="i8", list="i32", length="i32")
+        constants = {"NORM": 2, "SIZE": _BLOCK_TILES["16 bits"].size, "CHUNK": _ACTIVE_CHUNK}
+        found[f"contrastive active_tiles {labels}"] = _variant(kernels.active_tiles_kernel, types, constants, OPTIONS)
+    return found
+
+
+AHEAD_OF_TIME = _pair_variants() | _other_variants()
