@@ -877,8 +877,10 @@ def info_nce(
     offset: int,
     reduction: int,
     loss_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, and statistics ``[3, N]`` of queries and ``[3, M]`` of keys, ``[3, 0]`` for a direction not asked for.
+    with_gradient: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Loss, statistics ``[3, N]`` of queries and ``[3, M]`` of keys, ``[3, 0]`` for a direction not asked for, and in the
+    place of gradients ``[0]`` twice: the forward pass is not asked for them.
 
     Args:
         query: ``[N, D]``; float64, float32, bfloat16 or float16.
@@ -890,20 +892,18 @@ def info_nce(
     """
     empty = query.new_empty((3, 0), dtype=_total_dtype(query.dtype))
     if not by_query:
-        loss, statistics, _ = info_nce(
+        loss, statistics, _, *gradients = info_nce(
             *(key, query, None, key_ids, query_ids, temperature, normalize, True, False, -offset),
-            *(reduction, loss_dtype),
+            *(reduction, loss_dtype, with_gradient),
         )
-        return loss, empty, statistics
+        return loss, empty, statistics, *gradients
+    gradients = [empty.new_empty(0) for _ in with_gradient]
     if query.shape[0] == 0:
-        return (
-            _loss_of_nothing(query, reduction, loss_dtype),
-            empty,
-            empty.new_zeros((3, key.shape[0] if by_key else 0)),
-        )
+        of_keys = empty.new_zeros((3, key.shape[0] if by_key else 0))
+        return _loss_of_nothing(query, reduction, loss_dtype), empty, of_keys, *gradients
     with torch.cuda.device_of(query):
         problem = _info_nce_problem(query, key, log_q, query_ids, key_ids, temperature, normalize, offset, by_key)
-        return _forward(problem, reduction, loss_dtype)
+        return *_forward(problem, reduction, loss_dtype), *gradients
 
 
 def info_nce_backward(
