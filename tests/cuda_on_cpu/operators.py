@@ -22,7 +22,8 @@ FLAGS = (
 
 def load_operators() -> list[str]:
     """Builds and loads them; returns the names of those that have a kernel in C++."""
-    sources = [CSRC / "schemas.cpp", *sorted(CSRC.glob("*/*_op.cpp")), *sorted(CSRC.glob("*/*_cuda.cu"))]
+    kernels = sorted(CSRC.glob("*/*_cuda.cu"))  # other operators have none in CUDA C++
+    sources = [CSRC / "schemas.cpp", *(path.with_name(f"{path.parent.name}_op.cpp") for path in kernels), *kernels]
     torch.ops.load_library(str(build_library("pyreg_cuda_on_cpu", sources, FLAGS)))
     names = re.findall(r'"(\w+)\(', (CSRC / "schemas.cpp").read_text())
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
