@@ -100,6 +100,7 @@ def _prepare_rows(
     n_features,
     padded_rows,
     depth,
+    score_scale,
     TOTAL: tl.constexpr,
     NORMALIZE: tl.constexpr,
     SORTED: tl.constexpr,
@@ -115,33 +116,36 @@ def _prepare_rows(
     features = tl.arange(0, BLOCK_H)[None, :]
 
     scale = tl.full((BLOCK_R,), 1.0, TOTAL)
-    inverse = tl.full((BLOCK_R,), 1.0, TOTAL)
+    inverse = tl.full((BLOCK_R,), 1.0, tl.float64)
     projected = tl.zeros((BLOCK_R,), TOTAL)
     if NORMALIZE:
-        # The norm of the features times a power of two that follows the largest of them.
+        # The norm of the features times a power of two that follows the largest of them. In float64, so that the
+        # factor of all pairs of a row, unlike those of single products, is rounded but once.
         largest = tl.zeros((BLOCK_R,), TOTAL)
         scale = _inverse_power(largest)
-        squares = tl.zeros((BLOCK_R,), TOTAL)
+        squares = tl.zeros((BLOCK_R,), tl.float64)
         for start in range(0, n_features, BLOCK_H):
             inside = exists[:, None] & (start + features < n_features)
             x = tl.load(features_ptr + start + features, mask=inside, other=0.0).to(TOTAL)
             largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
             smaller = _inverse_power(largest)
-            shrink = smaller / scale
-            scaled = x * smaller[:, None]
+            shrink = (smaller / scale).to(tl.float64)
+            scaled = (x * smaller[:, None]).to(tl.float64)
             squares = squares * shrink * shrink + tl.sum(scaled * scaled, 1)
             scale = smaller
-        norm = _square_root(squares)
-        tiny = norm < 1e-12 * scale
+        norm = tl.sqrt(squares)
+        tiny = norm < 1e-12 * scale.to(tl.float64)
         shrink = _inverse_power(norm)
-        scale = tl.where(tiny, 1e12, scale * shrink)
+        scale = tl.where(tiny, 1e12, scale.to(tl.float64) * shrink).to(TOTAL)
         inverse = tl.where(tiny, 1.0, 1.0 / (norm * shrink))
         projected = tl.where(tiny, 0.0, 1.0).to(TOTAL)
 
     stored = rows < padded_rows
-    tl.store(norms_ptr + rows, inverse, mask=stored)
-    tl.store(norms_ptr + padded_rows + rows, scale * inverse, mask=stored)
-    tl.store(norms_ptr + 2 * padded_rows + rows, projected, mask=stored)
+    factor = inverse * tl.sqrt(tl.full((), score_scale, tl.float64))
+    tl.store(norms_ptr + rows, factor.to(TOTAL), mask=stored)
+    tl.store(norms_ptr + padded_rows + rows, inverse.to(TOTAL), mask=stored)
+    tl.store(norms_ptr + 2 * padded_rows + rows, (scale.to(tl.float64) * inverse).to(TOTAL), mask=stored)
+    tl.store(norms_ptr + 3 * padded_rows + rows, projected, mask=stored)
     operand_ptr += rows.to(tl.int64)[:, None] * depth
     for start in range(0, depth, BLOCK_H):
         inside = exists[:, None] & (start + features < n_features)
@@ -157,7 +161,8 @@ def prepare_kernel(
     order_ptr,  # [n_rows] int64: which row comes where, or None
     row_operand_ptr,  # [padded_rows, depth] receives the features times a power of two a row, then zeros
     column_operand_ptr,
-    row_norms_ptr,  # [3, padded_rows] receives z / operand, 1 / max(|f|, 1e-12), and whether df loses its part along z
+    row_norms_ptr,  # [4, padded_rows] receives sqrt(score_scale) z / operand, z / operand, 1 / max(|f|, 1e-12), and
+    # whether df loses its part along z
     column_norms_ptr,
     n_rows,
     n_columns,
@@ -165,6 +170,7 @@ def prepare_kernel(
     padded_rows,
     padded_columns,
     depth,
+    score_scale: tl.float64,  # log2(e) / temperature
     TOTAL: tl.constexpr,
     NORMALIZE: tl.constexpr,
     SORTED: tl.constexpr,
@@ -178,33 +184,33 @@ def prepare_kernel(
         if tl.program_id(0) < row_programs:
             _prepare_rows(
                 row, row_features_ptr, None, row_operand_ptr, row_norms_ptr, n_rows, n_features, padded_rows, depth,
-                TOTAL, NORMALIZE, False, BLOCK_R, BLOCK_H,
+                score_scale, TOTAL, NORMALIZE, False, BLOCK_R, BLOCK_H,
             )  # fmt: skip
         else:
             row -= row_programs * BLOCK_R
             _prepare_rows(
                 row, column_features_ptr, None, column_operand_ptr, column_norms_ptr, n_columns, n_features,
-                padded_columns, depth, TOTAL, NORMALIZE, False, BLOCK_R, BLOCK_H,
+                padded_columns, depth, score_scale, TOTAL, NORMALIZE, False, BLOCK_R, BLOCK_H,
             )  # fmt: skip
     else:
         _prepare_rows(
             row, row_features_ptr, order_ptr, row_operand_ptr, row_norms_ptr, n_rows, n_features, padded_rows, depth,
-            TOTAL, NORMALIZE, SORTED, BLOCK_R, BLOCK_H,
+            score_scale, TOTAL, NORMALIZE, SORTED, BLOCK_R, BLOCK_H,
         )  # fmt: skip
 
 
 # ---- the pairs of a tile ----
 #
-# A side is (inverse_ptr, labels_ptr, preds_ptr, weights_ptr, n): of its n samples the factors z / operand, for ConR
+# A side is (scales_ptr, labels_ptr, preds_ptr, weights_ptr, n): of its n samples sqrt(score_scale) z / operand, for ConR
 # targets [n, n_labels], preds and weights, for supervised contrastive labels and for InfoNCE ids. What a loss does
-# without is None. Its vectors are what these hold of some samples: inverse, label, pred, weight.
+# without is None. Its vectors are what these hold of some samples: scale, label, pred, weight.
 
 
 @triton.jit
 def _vectors(side, samples, exists, LOSS: tl.constexpr, ONE_LABEL: tl.constexpr):
-    inverse_ptr, labels_ptr, preds_ptr, weights_ptr, _ = side
-    inverse = tl.load(inverse_ptr + samples, mask=exists, other=0.0)
-    label, pred, weight = inverse, inverse, inverse
+    scales_ptr, labels_ptr, preds_ptr, weights_ptr, _ = side
+    scale = tl.load(scales_ptr + samples, mask=exists, other=0.0)
+    label, pred, weight = scale, scale, scale
     if LOSS == CONR:
         if ONE_LABEL:  # NaN is in no relation to any
             label = tl.load(labels_ptr + samples, mask=exists, other=float("nan"))
@@ -213,7 +219,7 @@ def _vectors(side, samples, exists, LOSS: tl.constexpr, ONE_LABEL: tl.constexpr)
             weight = tl.load(weights_ptr + samples, mask=exists, other=0.0)
     elif labels_ptr is not None:
         label = tl.load(labels_ptr + samples, mask=exists, other=0)
-    return inverse, label, pred, weight
+    return scale, label, pred, weight
 
 
 @triton.jit
@@ -309,15 +315,15 @@ def _exponents(
 ):
     """Exponents of a pair in its row's and its column's loss; whether it is a positive, or a negative; by what the
     exponential of a negative is multiplied in the row's and the column's loss."""
-    row_inverse, _, _, row_weight = row_vectors
-    column_inverse, _, _, column_weight = column_vectors
+    row_scale, _, _, row_weight = row_vectors
+    column_scale, _, _, column_weight = column_vectors
     _, _, _, row_weights_ptr, _ = row_side
     _, _, _, _, n_columns = column_side
-    _, _, _, scale, push = numbers
+    _, _, _, _, push = numbers
     positive, negative, distance = _relations(
         rows, columns, row_side, column_side, row_vectors, column_vectors, numbers, LOSS, NORM, ONE_LABEL, INNER
     )
-    x = products * (row_inverse * scale)[:, None] * column_inverse[None, :]
+    x = products * row_scale[:, None] * column_scale[None, :]
     row_factor = 1.0
     column_factor = 1.0
     if PUSH == PUSH_EXPONENT:
@@ -645,8 +651,8 @@ def sums_kernel(
     row_operand_ptr,  # [.., depth]; not read where the products are in memory
     column_operand_ptr,
     block_ptr,  # [.., block_stride] products of rows from first_row on with columns from first_column on, or None
-    row_inverse_ptr,  # [n_rows] z / operand
-    column_inverse_ptr,
+    row_scales_ptr,  # [n_rows] sqrt(score_scale) z / operand
+    column_scales_ptr,
     row_labels_ptr,  # ConR: targets [n_rows, n_labels]; supervised: labels [n_rows] int64; InfoNCE: ids, or None
     column_labels_ptr,
     row_preds_ptr,  # ConR: preds [n_rows, n_labels]
@@ -699,8 +705,8 @@ def sums_kernel(
     if is_active:
         scale = tl.full((), score_scale, TOTAL)
         push = tl.full((), push_scale, TOTAL)
-        row_side = (row_inverse_ptr, row_labels_ptr, row_preds_ptr, row_weights_ptr, n_rows)
-        column_side = (column_inverse_ptr, column_labels_ptr, column_preds_ptr, column_weights_ptr, n_columns)
+        row_side = (row_scales_ptr, row_labels_ptr, row_preds_ptr, row_weights_ptr, n_rows)
+        column_side = (column_scales_ptr, column_labels_ptr, column_preds_ptr, column_weights_ptr, n_columns)
         numbers = (n_labels, diagonal, window, scale, push)
         block = (block_ptr, block_stride, row_tile * SIZE, column_tile * SIZE)
         row_slot = (row_sums_ptr + column_tile.to(tl.int64) * n_rows, row_slots.to(tl.int64) * n_rows, n_rows)
@@ -926,9 +932,9 @@ def _store_gradient(
         gradient *= tl.exp2(row_x - shift)
     gradient = tl.where(positive | negative, gradient, 0.0)
     gradient = tl.where(positive, gradient - beta, gradient)
-    row_inverse, _, _, _ = row_vectors
-    column_inverse, _, _, _ = column_vectors
-    gradient = gradient * (row_inverse * outer_scale)[:, None] * column_inverse[None, :]
+    row_scale, _, _, _ = row_vectors
+    column_scale, _, _, _ = column_vectors
+    gradient = gradient * (row_scale * outer_scale)[:, None] * column_scale[None, :]
 
     target_ptr, stride, target_row, target_column, mirrored_columns = target
     gradient = round_to(gradient, target_ptr.dtype.element_ty)
@@ -998,8 +1004,8 @@ def gradient_kernel(
     row_operand_ptr,
     column_operand_ptr,
     block_ptr,  # as sums_kernel takes them, to column_weights_ptr
-    row_inverse_ptr,
-    column_inverse_ptr,
+    row_scales_ptr,
+    column_scales_ptr,
     row_labels_ptr,
     column_labels_ptr,
     row_preds_ptr,
@@ -1028,7 +1034,6 @@ def gradient_kernel(
     score_scale: tl.float64,
     push_scale: tl.float64,
     window: tl.float64,
-    gradient_scale: tl.float64,  # 1 / temperature
     LOSS: tl.constexpr,
     NORM: tl.constexpr,
     PUSH: tl.constexpr,
@@ -1056,11 +1061,11 @@ def gradient_kernel(
     if is_active:
         scale = tl.full((), score_scale, TOTAL)
         push = tl.full((), push_scale, TOTAL)
-        outer_scale = tl.full((), gradient_scale, TOTAL)
+        outer_scale = tl.full((), LN_2, TOTAL)  # of the pair's two scales, what is no 1 / temperature
         if scale_ptr is not None:
             outer_scale *= tl.load(scale_ptr)
-        row_side = (row_inverse_ptr, row_labels_ptr, row_preds_ptr, row_weights_ptr, n_rows)
-        column_side = (column_inverse_ptr, column_labels_ptr, column_preds_ptr, column_weights_ptr, n_columns)
+        row_side = (row_scales_ptr, row_labels_ptr, row_preds_ptr, row_weights_ptr, n_rows)
+        column_side = (column_scales_ptr, column_labels_ptr, column_preds_ptr, column_weights_ptr, n_columns)
         numbers = (n_labels, diagonal, window, scale, push)
         block = (block_ptr, block_stride, row_tile * SIZE, column_tile * SIZE)
         row_losses = (row_statistics_ptr, row_statistics_step, row_upstream_ptr)
@@ -1090,7 +1095,7 @@ def gradient_kernel(
 def finish_gradient_kernel(
     product_ptr,  # [n_rows, depth] sum_j H_ij z_j, times z / operand of the row, and times scale
     operand_ptr,  # [n_rows, depth]
-    norms_ptr,  # [3, ..], as prepare_kernel stores them
+    norms_ptr,  # [4, ..], as prepare_kernel stores them
     order_ptr,
     scale_ptr,
     out_ptr,  # [n_rows, n_features]
@@ -1112,8 +1117,8 @@ def finish_gradient_kernel(
     out_ptr += targets[:, None] * n_features
     features = tl.arange(0, BLOCK_H)[None, :]
     TOTAL: tl.constexpr = product_ptr.dtype.element_ty
-    inverse = tl.load(norms_ptr + rows, mask=exists, other=1.0)
-    outer = tl.load(norms_ptr + norms_step + rows, mask=exists, other=0.0)
+    inverse = tl.load(norms_ptr + norms_step + rows, mask=exists, other=1.0)
+    outer = tl.load(norms_ptr + 2 * norms_step + rows, mask=exists, other=0.0)
     factor = outer / inverse
     if scale_ptr is not None:
         factor /= tl.load(scale_ptr)
@@ -1124,7 +1129,7 @@ def finish_gradient_kernel(
             product = tl.load(product_ptr + offsets + start + features, mask=inside, other=0.0)
             z = tl.load(operand_ptr + offsets + start + features, mask=inside, other=0.0).to(TOTAL)
             along += tl.sum(z * product, 1)
-        along *= inverse * inverse * tl.load(norms_ptr + 2 * norms_step + rows, mask=exists, other=0.0)
+        along *= inverse * inverse * tl.load(norms_ptr + 3 * norms_step + rows, mask=exists, other=0.0)
     for start in range(0, n_features, BLOCK_H):
         inside = exists[:, None] & (start + features < n_features)
         gradient = tl.load(product_ptr + offsets + start + features, mask=inside, other=0.0)

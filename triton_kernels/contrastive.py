@@ -93,7 +93,7 @@ _EMULATED_BLOCK_TILES = Tiles(16, 16, warps=1, stages=1, piece=8)
 _ELEMENT_BLOCKS = {"BLOCK_R": 4, "BLOCK_H": 512}
 _ELEMENT_OPTIONS = OPTIONS | {"maxnreg": 128}
 _FINISH_BLOCKS = {"BLOCK_R": 128, "BLOCK_T": 8}
-_ACTIVE_CHUNK = 16
+_ACTIVE_CHUNK = 8
 
 # Operations, N^2 D of them a product, from which on tiles are skipped: sorting and the lists take some 0.15 ms of an
 # H100 in forward and backward pass each, the products so large five times that.
@@ -127,7 +127,7 @@ class _Operand(NamedTuple):
     """Features as the products take them."""
 
     values: Tensor  # [padded, depth]
-    norms: Tensor  # [3, padded]: z / values, 1 / max(|f|, 1e-12), whether df loses its part along z
+    norms: Tensor  # [4, padded], as prepare_kernel stores them
 
     def part(self, first: int) -> _Operand:
         return _Operand(self.values[first:], self.norms[:, first:])
@@ -196,8 +196,8 @@ class _Problem(NamedTuple):
         return {
             "row_operand_ptr": rows.operand.values,
             "column_operand_ptr": columns.operand.values,
-            "row_inverse_ptr": rows.operand.norms,
-            "column_inverse_ptr": columns.operand.norms,
+            "row_scales_ptr": rows.operand.norms,
+            "column_scales_ptr": columns.operand.norms,
             "row_labels_ptr": rows.labels,
             "column_labels_ptr": columns.labels,
             "row_preds_ptr": rows.preds,
@@ -268,6 +268,7 @@ def _prepare(
     columns: Tensor | None,
     tiles: Tiles,
     *,
+    temperature: float,
     normalize: bool,
     order: Tensor | None = None,
     spare: int = 0,
@@ -281,7 +282,7 @@ def _prepare(
 
     def new(count: int) -> _Operand:
         padded = triton.cdiv(count, tiles.size) * tiles.size + spare
-        return _Operand(features.new_empty((padded, depth), dtype=dtype), features.new_empty((3, padded), dtype=total))
+        return _Operand(features.new_empty((padded, depth), dtype=dtype), features.new_empty((4, padded), dtype=total))
 
     row_operand = new(features.shape[0])
     column_operand = row_operand if columns is None else new(columns.shape[0])
@@ -300,6 +301,7 @@ def _prepare(
         n_features,
         *padded,
         depth,
+        math.log2(math.e) / temperature,
         TOTAL=tl.float64 if total == torch.float64 else tl.float32,
         NORMALIZE=normalize,
         SORTED=order is not None,
@@ -339,7 +341,9 @@ def _conr_problem(
         order = order[torch.sort(targets[order, 0], stable=True).indices]
         targets, preds = targets[order], preds[order]
         weights = None if weights is None else weights[order]
-    operand, _ = _prepare(features, None, tiles, normalize=True, order=order, spare=0 if triangle else tiles.size)
+    operand, _ = _prepare(
+        features, None, tiles, temperature=temperature, normalize=True, order=order, spare=0 if triangle else tiles.size
+    )
     columns = _Side(count, operand, targets, preds, weights)
     rows = columns
     if not triangle:
@@ -373,7 +377,9 @@ def _supcon_problem(
     count = features.shape[0]
     triangle = row_count == count
     tiles = _choose_tiles(features, row_count, count)
-    operand, _ = _prepare(features, None, tiles, normalize=normalize, spare=0 if triangle else tiles.size)
+    operand, _ = _prepare(
+        features, None, tiles, temperature=temperature, normalize=normalize, spare=0 if triangle else tiles.size
+    )
     columns = _Side(count, operand, labels)
     rows = columns
     if not triangle:
@@ -405,7 +411,7 @@ def _info_nce_problem(
     both: bool,
 ) -> _Problem:
     tiles = _choose_tiles(query, query.shape[0], key.shape[0])
-    operands = _prepare(query, key, tiles, normalize=normalize)
+    operands = _prepare(query, key, tiles, temperature=temperature, normalize=normalize)
     return _Problem(
         _Side(query.shape[0], operands[0], query_ids),
         _Side(key.shape[0], operands[1], key_ids),
@@ -646,7 +652,6 @@ def _gradients(
             block_stride=block.column_count,
             row_statistics_step=row_losses.statistics.stride(0),
             column_statistics_step=0 if column_losses is None else column_losses.statistics.stride(0),
-            gradient_scale=1.0 / problem.temperature,
             TRIANGLE=folded,
         )
         if needs_rows:
@@ -966,7 +971,7 @@ def _types(**pointers: str) -> dict[str, str]:
             ("depth", "block_stride", "n_features", "padded_rows", "padded_columns", "norms_step"), "i32:16"
         )
         | dict.fromkeys(("row_statistics_step", "column_statistics_step"), "i32")
-        | dict.fromkeys(("score_scale", "push_scale", "window", "gradient_scale"), "fp64")
+        | dict.fromkeys(("score_scale", "push_scale", "window"), "fp64")
     )
 
 
@@ -985,7 +990,7 @@ def _pair_variant(kernel: Any, tiles: Tiles, kind: str, loss: str, *, labels: st
     dtype, total = _dtypes(kind)
     sides = {name: labels if conr else "i64" for name in ("row_labels", "column_labels", "row_preds", "column_preds")}
     sums = (
-        "block", "row_inverse", "column_inverse", "row_weights", "column_weights", "log_q", "row_sums", "column_sums",
+        "block", "row_scales", "column_scales", "row_weights", "column_weights", "log_q", "row_sums", "column_sums",
         "row_statistics", "column_statistics", "row_upstream", "column_upstream", "scale",
     )  # fmt: skip
     operands = dict.fromkeys(("row_operand", "column_operand", "target"), dtype)
