@@ -451,7 +451,7 @@ def test_float32_products_follow_torch(kernels: Any) -> None:
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)])
 @pytest.mark.parametrize("kind", ["16 bits", "tf32"])
 def test_every_gpu_has_tiles(kernels: Any, capability: tuple[int, int], kind: str) -> None:
-    tiles = kernels._TILES[kernels.gpu_family(*capability), kind]
+    tiles = kernels._TILES[kernels._family(*capability), kind]
     element = 2 if kind == "16 bits" else 4
     staged = (tiles.stages - 1) * (tiles.rows + tiles.classes) * tiles.features * element
     limit = {8: 163 if capability[1] in (0, 7) else 99, 9: 227, 10: 227, 12: 99}[capability[0]]

@@ -13,8 +13,9 @@ Rows i and columns j (the same samples; for InfoNCE queries and keys), with z = 
     InfoNCE         x_ij = s_ij - log_q_j;   a_ij = 1, 0 for duplicates of the positive
 
 u is the gradient of the rows' losses; G' is that of the columns' losses: for ConR and supervised contrastive the rows'
-again, for InfoNCE without log_q. Exponents are in units of log 2. Sums of a tile are in float32 (float64 for float64),
-what follows from a row's sums in float64.
+again, for InfoNCE without log_q. Exponents and lse are in units of log 2: an exponent that is the whole sum is lse to
+the last bit, however large. Sums of a tile are in float32 (float64 for float64), what follows from a row's sums in
+float64.
 
 The operands of the products are the features times a power of two a row that brings the norm into [1, 2): exact, and
 no product of theirs overflows, whatever the features. What is left of the norm, and 1 / temperature, multiplies the
@@ -57,10 +58,10 @@ SMALL_RANGE = tl.constexpr(60 * math.log2(math.e))
 NEGATIVE = tl.constexpr(1024.0)
 
 
-# Sizes of which a kernel exists but once: a size of 1 would be a constant, and no tensor.
+# Sizes for all of which there is one kernel: none is compiled for a last, smaller batch.
 COUNTS = (
     "n_rows", "n_columns", "n_labels", "n_total", "diagonal", "first_row", "first_column", "row_tiles", "row_slots",
-    "column_slots", "block_tiles",
+    "column_slots", "block_tiles", "row_statistics_step", "column_statistics_step",
 )  # fmt: skip
 
 
@@ -311,6 +312,7 @@ def _exponents(
     NORM: tl.constexpr,
     PUSH: tl.constexpr,
     ONE_LABEL: tl.constexpr,
+    WITH_FACTORS: tl.constexpr,
     INNER: tl.constexpr,
 ):
     """Exponents of a pair in its row's and its column's loss; whether it is a positive, or a negative; by what the
@@ -338,11 +340,14 @@ def _exponents(
         else:
             row_factor = row_weight[:, None]
             column_factor = column_weight[None, :]
-    row_x = x
+    row_x, column_x = x, x
     if log_q_ptr is not None:
         log_q = tl.load(log_q_ptr + columns, mask=columns < n_columns, other=0.0).to(x.dtype)
         row_x = x - (log_q * LOG2_E)[None, :]
-    return row_x, x, positive, negative, row_factor, column_factor
+    if WITH_FACTORS and not INNER:  # what adds nothing is no row's largest exponent, and no infinite exponential
+        row_x = tl.where(negative & (row_factor == 0.0), float("-inf"), x)
+        column_x = tl.where(negative & (column_factor == 0.0), float("-inf"), x)
+    return row_x, column_x, positive, negative, row_factor, column_factor
 
 
 @triton.jit
@@ -354,12 +359,13 @@ def _weigh(x, negative, factor, WITH_FACTORS: tl.constexpr):
 
 @triton.jit
 def _extremes(pointers, exists):
-    """The smallest and the largest number there, NaN aside."""
+    """The smallest and the largest number along the last axis, NaN aside."""
+    axis: tl.constexpr = len(pointers.shape) - 1
     label = tl.load(pointers, mask=exists, other=float("nan"))
     known = label == label
     return (
-        tl.min(tl.where(known, label, float("inf")), 0),
-        tl.max(tl.where(known, label, float("-inf")), 0),
+        tl.min(tl.where(known, label, float("inf")), axis),
+        tl.max(tl.where(known, label, float("-inf")), axis),
     )
 
 
@@ -425,6 +431,13 @@ def _products(
 def _block_pointers(block_ptr, stride, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     return block_ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+
+
+@triton.jit
+def _is_active(active_ptr, row, column, n_columns, SIZE: tl.constexpr):
+    """Whether the tile from this row and column on may have positives or negatives."""
+    offset = (row // SIZE).to(tl.int64) * tl.cdiv(n_columns, SIZE) + column // SIZE
+    return tl.load(active_ptr + offset) != 0
 
 
 @triton.jit
@@ -568,7 +581,7 @@ def _sum_rows(
     row_vectors = _vectors(row_side, rows, row_exists, LOSS, ONE_LABEL)
     row_x, column_x, positive, negative, row_factor, column_factor = _exponents(
         products, rows, columns, row_side, column_side, row_vectors, column_vectors, log_q_ptr, numbers, LOSS, NORM,
-        PUSH, ONE_LABEL, INNER,
+        PUSH, ONE_LABEL, WITH_FACTORS, INNER,
     )  # fmt: skip
     terms = _pair_terms(row_x, positive, negative, row_factor, shift, LOSS, INNER, WITH_FACTORS)
     sums = _sum_terms(terms, 1, LOSS, INNER)
@@ -700,8 +713,7 @@ def sums_kernel(
     row, column = first_row + row_tile * SIZE, first_column + column_tile * SIZE
     is_active = True
     if active_ptr is not None:
-        offset = (row // SIZE).to(tl.int64) * tl.cdiv(n_columns, SIZE) + column // SIZE
-        is_active = tl.load(active_ptr + offset) != 0
+        is_active = _is_active(active_ptr, row, column, n_columns, SIZE)
     if is_active:
         scale = tl.full((), score_scale, TOTAL)
         push = tl.full((), push_scale, TOTAL)
@@ -740,7 +752,7 @@ def sums_kernel(
 def _row_terms(
     sums_ptr,  # [4 or 5, n_slots, n_rows]
     weights_ptr,
-    statistics_ptr,  # [3, n_rows] receives lse, alpha, beta
+    statistics_ptr,  # [3, n_rows] receives lse in units of log 2, alpha, beta
     targets,  # where rows go there
     rows,
     n_rows,
@@ -796,13 +808,15 @@ def _row_terms(
             beta = alpha / tl.maximum(positives, 1.0)
     elif LOSS == SUPCON:
         beta = 1.0 / tl.maximum(positives, 1.0)
-    lse = tl.where(active, shift * LN_2 + tl.log(tl.where(active, exponentials, 1.0)), 0.0)
+    log_total = tl.log2(tl.where(active, exponentials, 1.0))
+    lse = tl.where(active, shift + log_total, 0.0)
     alpha = tl.where(active, alpha, 0.0)
     beta = tl.where(active, beta, 0.0)
     tl.store(statistics_ptr + targets, lse.to(TOTAL), mask=exists)
     tl.store(statistics_ptr + n_rows + targets, alpha.to(TOTAL), mask=exists)
     tl.store(statistics_ptr + 2 * n_rows + targets, beta.to(TOTAL), mask=exists)
-    return tl.where(active, alpha * lse - beta * (positive_sum * LN_2), 0.0), tl.where(active, 1.0, 0.0)
+    loss = alpha * log_total + beta * (positives * shift - positive_sum)  # alpha is beta for each positive
+    return tl.where(active, loss * LN_2, 0.0), tl.where(active, 1.0, 0.0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -867,13 +881,15 @@ def finish_kernel(
 
 @triton.jit
 def _loss_gradients(losses, samples, exists):
-    """lse in units of log 2, and alpha and beta times the gradient of the loss."""
+    """lse, and alpha and beta times the gradient of the loss; of a row that does not count, whatever that gradient, no
+    exponential and 0."""
     statistics_ptr, step, upstream_ptr = losses
     upstream = tl.load(upstream_ptr + samples, mask=exists, other=0.0)
-    lse = tl.load(statistics_ptr + samples, mask=exists, other=0.0) * LOG2_E
-    alpha = tl.load(statistics_ptr + step + samples, mask=exists, other=0.0) * upstream
-    beta = tl.load(statistics_ptr + 2 * step + samples, mask=exists, other=0.0) * upstream
-    return tl.where(alpha == 0.0, float("inf"), lse), alpha, beta  # no exponential of a row that does not count
+    lse = tl.load(statistics_ptr + samples, mask=exists, other=0.0)
+    alpha = tl.load(statistics_ptr + step + samples, mask=exists, other=0.0)
+    beta = tl.load(statistics_ptr + 2 * step + samples, mask=exists, other=0.0)
+    alpha, beta = tl.where(alpha == 0.0, 0.0, alpha * upstream), tl.where(beta == 0.0, 0.0, beta * upstream)
+    return tl.where(alpha == 0.0, float("inf"), lse), alpha, beta
 
 
 @triton.jit
@@ -909,7 +925,7 @@ def _store_gradient(
     row_vectors = _vectors(row_side, rows, row_exists, LOSS, ONE_LABEL)
     row_x, column_x, positive, negative, row_factor, column_factor = _exponents(
         products, rows, columns, row_side, column_side, row_vectors, column_vectors, log_q_ptr, numbers, LOSS, NORM,
-        PUSH, ONE_LABEL, INNER,
+        PUSH, ONE_LABEL, WITH_FACTORS, INNER,
     )  # fmt: skip
     lse, alpha, row_beta = _loss_gradients(row_losses, rows, row_exists)
     beta = tl.broadcast_to(row_beta[:, None], (ROWS, COLUMNS))
@@ -1014,7 +1030,7 @@ def gradient_kernel(
     column_weights_ptr,
     log_q_ptr,
     active_ptr,
-    row_statistics_ptr,  # [3, ..]: lse, alpha, beta
+    row_statistics_ptr,  # [3, ..], as finish_kernel stores them
     column_statistics_ptr,  # or None where columns have no loss
     row_upstream_ptr,  # [n_rows] gradients of the rows' losses
     column_upstream_ptr,
@@ -1056,8 +1072,7 @@ def gradient_kernel(
     row, column = first_row + row_tile * SIZE, first_column + column_tile * SIZE
     is_active = True
     if active_ptr is not None:
-        offset = (row // SIZE).to(tl.int64) * tl.cdiv(n_columns, SIZE) + column // SIZE
-        is_active = tl.load(active_ptr + offset) != 0
+        is_active = _is_active(active_ptr, row, column, n_columns, SIZE)
     if is_active:
         scale = tl.full((), score_scale, TOTAL)
         push = tl.full((), push_scale, TOTAL)
@@ -1151,10 +1166,7 @@ def _gaps(labels_ptr, tile, others, n_rows, n_labels, NORM: tl.constexpr, SIZE: 
     total = tl.zeros((CHUNK,), labels_ptr.dtype.element_ty)
     for k in range(n_labels):
         low, high = _extremes(labels_ptr + own.to(tl.int64) * n_labels + k, own < n_rows)
-        label = tl.load(labels_ptr + samples.to(tl.int64) * n_labels + k, mask=samples < n_rows, other=float("nan"))
-        known = label == label
-        others_low = tl.min(tl.where(known, label, float("inf")), 1)
-        others_high = tl.max(tl.where(known, label, float("-inf")), 1)
+        others_low, others_high = _extremes(labels_ptr + samples.to(tl.int64) * n_labels + k, samples < n_rows)
         total = _add_dimension(total, tl.maximum(tl.maximum(low - others_high, others_low - high), 0.0), NORM)
     if NORM == 2:
         total = _square_root(total)
@@ -1215,8 +1227,7 @@ def active_scores_kernel(
 ):
     row_tile, column_tile = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     row, column = first_row + row_tile * SIZE, first_column + column_tile * SIZE
-    offset = (row // SIZE).to(tl.int64) * tl.cdiv(n_rows, SIZE) + column // SIZE
-    if tl.load(active_ptr + offset) != 0:
+    if _is_active(active_ptr, row, column, n_rows, SIZE):
         products = _products(operand_ptr, operand_ptr, row, column, depth, SIZE, DEPTH, PRECISION, TOTAL)
         rows, columns = row_tile * SIZE + tl.arange(0, SIZE), column_tile * SIZE + tl.arange(0, SIZE)
         tl.store(block_ptr + rows.to(tl.int64)[:, None] * block_stride + columns[None, :], products)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -23,17 +20,6 @@ def round_to(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-def gpu_family(major: int, minor: int) -> str:
-    """The architecture whose instructions and shared memory a GPU of this compute capability has."""
-    if major >= 12:
-        return "sm_120"
-    if major >= 10:
-        return "sm_100"
-    if major == 9:
-        return "sm_90"
-    return "sm_80" if minor in (0, 7) else "sm_86"
-
-
 def product_precision(dtype: torch.dtype) -> str:
     """How operands are multiplied: float32 ones as torch multiplies them, others exactly."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -49,20 +35,3 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None
         torch.addmm(out, a, b, **options, out=out)
     else:
         torch.mm(a, b, **options, out=out)
-
-
-def with_scratch(launch: Callable[[], None]) -> None:
-    """Runs a launch whose tensor descriptors lie in scratch memory.
-
-    The allocator of scratch memory belongs to the context: to a copy of the caller's.
-    """
-
-    def run() -> None:
-        triton.set_allocator(_allocate_scratch)
-        launch()
-
-    contextvars.copy_context().run(run)
-
-
-def _allocate_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -334,9 +334,9 @@ def _conr_problem(
 ) -> _Problem:
     count = features.shape[0]
     triangle = row_count == count
-    tiles = _choose_tiles(features, row_count, count * 2 if not triangle else count)
+    tiles = _choose_tiles(features, row_count, count)
     order = None
-    if triangle and _skips(features):
+    if triangle and tiles.piece > 0 and _skips(features):
         order = torch.sort(preds[:, 0], stable=True).indices
         order = order[torch.sort(targets[order, 0], stable=True).indices]
         targets, preds = targets[order], preds[order]
@@ -673,7 +673,12 @@ def _block_scale(problem: _Problem, *losses: _Losses | None) -> Tensor:
 
     |H_ij| is at most |u_i| (alpha_i + beta_i) + |u_j| (alpha_j + beta_j), over the temperature.
     """
-    bound = sum((side.statistics[1:].abs().sum(0) * side.upstream.abs()).amax() for side in losses if side is not None)
+
+    def largest(side: _Losses) -> Tensor:
+        factors = side.statistics[1:]
+        return (factors * side.upstream).masked_fill(factors == 0, 0).abs().sum(0).amax()
+
+    bound = sum(largest(side) for side in losses if side is not None)
     return torch.exp2((2.0**14 * problem.temperature / bound).log2().floor().clamp(-100.0, 100.0))
 
 
@@ -778,7 +783,8 @@ def conr(
     row_count: int,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, statistics ``[3, row_count]`` (lse, alpha, beta) and, where wanted, its gradient ``[N, D]``, else ``[0]``.
+    """Loss, statistics ``[3, row_count]`` (lse in units of log 2, alpha, beta) and, where wanted, its gradient ``[N, D]``,
+    else ``[0]``.
 
     Args:
         features: ``[N, D]``; float64, float32, bfloat16 or float16.
@@ -970,7 +976,6 @@ def _types(**pointers: str) -> dict[str, str]:
         | dict.fromkeys(
             ("depth", "block_stride", "n_features", "padded_rows", "padded_columns", "norms_step"), "i32:16"
         )
-        | dict.fromkeys(("row_statistics_step", "column_statistics_step"), "i32")
         | dict.fromkeys(("score_scale", "push_scale", "window"), "fp64")
     )
 

@@ -19,6 +19,7 @@ instructions a logit: with u = min(z, 0), the slope is h = 1 / (1 - u), s(z) = h
 
 from __future__ import annotations
 
+import contextvars
 from typing import Any, NamedTuple
 
 import torch
@@ -26,15 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyreg.triton_kernels._shared import (
-    EMULATED,
-    OPTIONS,
-    gpu_family,
-    product_into,
-    product_precision,
-    round_to,
-    with_scratch,
-)
+from pyreg.triton_kernels._shared import EMULATED, OPTIONS, product_into, product_precision, round_to
 
 # ---- the logits' product ----
 
@@ -411,13 +404,23 @@ def _element_grid(n_rows: int, n_features: int) -> tuple[int, int]:
     return triton.cdiv(n_rows, _ELEMENT_BLOCKS["BLOCK_R"]), triton.cdiv(n_features, _ELEMENT_BLOCKS["BLOCK_H"])
 
 
+def _family(major: int, minor: int) -> str:
+    if major >= 12:
+        return "sm_120"
+    if major >= 10:
+        return "sm_100"
+    if major == 9:
+        return "sm_90"
+    return "sm_80" if minor in (0, 7) else "sm_86"
+
+
 def _choose_tiles(x: Tensor, weight: Tensor, derivatives: Tensor | None, precision: str) -> Tiles:
     if not x.is_cuda:
         return _EMULATED_TILES
     if x.dtype == torch.float32 and precision == "ieee":
         return _IEEE_TILES
     kind = "16 bits" if x.dtype.itemsize == 2 else precision
-    family = gpu_family(*torch.cuda.get_device_capability(x.device))
+    family = _family(*torch.cuda.get_device_capability(x.device))
     tiles = _TILES[family, kind]
     if tiles.descriptors and not all(map(_is_describable, (x, weight, derivatives))):
         tiles = _TILES["sm_86" if family == "sm_120" else "sm_80", kind]
@@ -531,6 +534,7 @@ def _multiply(
         count = min(count, torch.cuda.get_device_properties(x.device).multi_processor_count)
 
     def launch() -> None:
+        triton.set_allocator(_allocate_scratch)
         linear_stablemax_kernel[(count,)](
             x,
             weight,
@@ -563,7 +567,12 @@ def _multiply(
             **OPTIONS,
         )
 
-    with_scratch(launch)
+    # Descriptors lie in scratch memory, whose allocator belongs to the context: to a copy of the caller's.
+    contextvars.copy_context().run(launch)
+
+
+def _allocate_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _rows(matrix: Tensor) -> Tensor:
