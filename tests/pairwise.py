@@ -153,7 +153,7 @@ def in_place_of_the_cpus(kernels: ModuleType) -> Iterator[None]:
     library = torch.library.Library("pyreg", "IMPL", "CPU")
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_contrastive, "_kernels", lambda *_: kernels)
+            patch.setattr(_contrastive, "_kernels", lambda: kernels)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="(?s).*[Oo]verriding a previously registered kernel.*")
                 for name in ("conr", "supcon"):

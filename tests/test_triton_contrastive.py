@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests import test_conr, test_contrastive, test_info_nce, test_supcon
 from tests.oracle import FLOAT_DTYPES, ROUNDOFF, relative_error
-from tests.pairwise import LOSSES, Loss, in_place_of_the_cpus, value_and_gradients
+from tests.pairwise import LOSSES, Loss, in_float64, in_place_of_the_cpus, value_and_gradients
 from tests.test_contrastive import operator_arguments
 
 # The interpreter computes with numpy, which warns where a GPU does not. New memory is NaN here, by an option of torch's
@@ -99,12 +99,15 @@ def backward(kernels: Any, loss: Loss, forward: tuple[Any, ...], statistics: Ten
 # ---- the public functions ----
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("name", LOSSES)
+CASES = [
+    *((name, "fused", dtype) for name in LOSSES for dtype in FLOAT_DTYPES),
+    *((name, "block", dtype) for name in LOSSES for dtype in (torch.float32, torch.float16)),
+    *((name, "sorted", torch.bfloat16) for name in CONR),
+]
+
+
+@pytest.mark.parametrize(("name", "mode", "dtype"), CASES)
 def test_against_reference(device: torch.device, use: Any, name: str, dtype: torch.dtype, mode: str) -> None:
-    if mode == "sorted" and name not in CONR:
-        pytest.skip("tiles are skipped in ConR alone")
     use(mode)
     loss, reduction = LOSSES[name], "none" if mode == "fused" else "mean"
     count = 37 if mode == "fused" else several_blocks(device)
@@ -118,7 +121,7 @@ def test_against_reference(device: torch.device, use: Any, name: str, dtype: tor
 @pytest.mark.parametrize("name", ["conr-paper", "supcon", "info_nce-symmetric"])
 def test_shapes(device: torch.device, use: Any, name: str, shape: tuple[int, int]) -> None:
     loss = LOSSES[name]
-    for mode in MODES if name in CONR else MODES[:2]:
+    for mode in ("fused", "sorted" if name in CONR else "block"):
         use(mode)
         features, arguments = loss.features(shape, torch.float32, device), loss.arguments(shape[0], device)
         ours = value_and_gradients(loss.fused, features, **arguments)
@@ -132,7 +135,7 @@ WIDE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, temperature, eta", WIDE)
+@pytest.mark.parametrize(("name", "temperature", "eta"), WIDE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wide_ranges(
     device: torch.device, use: Any, name: str, temperature: float, eta: float, dtype: torch.dtype
@@ -141,10 +144,9 @@ def test_wide_ranges(
     loss = LOSSES[name]
     features, arguments = problem_of(loss, 37, dtype, device)
     arguments |= {"temperature": temperature} | ({"eta": eta} if loss.operator == "conr" else {})
-    for mode in MODES if name in CONR else MODES[:2]:
-        use(mode)
-        ours = value_and_gradients(loss.fused, features, **arguments)
-        loss.assert_as_accurate(features, arguments, ours, floor=64)
+    use("fused" if dtype == torch.float32 else "block")
+    ours = value_and_gradients(loss.fused, features, **arguments)
+    loss.assert_as_accurate(features, arguments, ours, floor=64)
 
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -161,7 +163,6 @@ SMALL: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
         (test_conr.test_rows_without_pairs_add_nothing, (variant, case, F32, 30))
         for variant, case in (("paper", "no positives"), ("agedb", "no negatives"), ("nyud2", "equal labels"))
     ),
-    (test_conr.test_rows_that_add_nothing_take_no_part_whatever_their_upstream_gradient, ()),
     *((test_conr.test_a_large_push, (variant, scale, F32, 60)) for variant in VARIANTS for scale in (10.0, 1e6)),
     *((test_conr.test_zero_tiny_and_huge_weights, (variant, F32, 60)) for variant in VARIANTS),
     *((test_conr.test_a_row_opposite_to_all_others, (variant, F32, 12)) for variant in VARIANTS),
@@ -175,14 +176,11 @@ SMALL: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
     (test_supcon.test_rows_without_positives_add_nothing, (F32, 30)),
     (test_supcon.test_a_mean_is_over_rows_with_positives, (30,)),
     (test_supcon.test_all_of_one_label, (30,)),
-    (test_supcon.test_names_and_order_of_labels_do_not_matter, (60,)),
-    (test_supcon.test_large_scores_without_normalisation, (F32,)),
-    *((test_info_nce.test_is_torchs_cross_entropy, ((17, 29), normalize)) for normalize in (True, False)),
+    (test_supcon.test_names_and_order_of_labels_do_not_matter, (20,)),
+    *((test_info_nce.test_is_torchs_cross_entropy, ((5, 5), normalize)) for normalize in (True, False)),
     *((test_info_nce.test_against_the_derivative_by_hand, ((37, 53), symmetric, True, True)) for symmetric in (0, 1)),
     (test_info_nce.test_gradients_only_where_needed, ("sum", True, 20)),
-    (test_info_nce.test_ids_leave_duplicates_out, ()),
     *((test_info_nce.test_all_of_one_id, (symmetric, 20)) for symmetric in (False, True)),
-    (test_info_nce.test_rare_keys, (F32,)),
     (test_info_nce.test_no_queries, ()),
     *((test_contrastive.test_zero_features, (LOSSES[name], BF16)) for name in ("conr-agedb", "info_nce-symmetric")),
     *(
@@ -190,12 +188,11 @@ SMALL: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
         for dtype in (F32, BF16)
         for size in (1e25, 2e-13, 1e-20, 0.0)
     ),
-    *((test_contrastive.test_too_few_rows_for_a_pair, (loss, "none", count)) for loss in LOSSES.values() for count in (0, 1)),
-]  # fmt: skip
-MANY: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
-    (test_conr.test_tiles_without_pairs, (1, F32)),
-    (test_conr.test_tiles_without_pairs, (3, F64)),
-    (test_conr.test_a_distance_that_is_rounded_to_the_window, ()),
+    *(
+        (test_contrastive.test_too_few_rows_for_a_pair, (loss, "none", count))
+        for loss in LOSSES.values()
+        for count in (0, 1)
+    ),
 ]
 
 
@@ -203,11 +200,13 @@ def named(cases: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> list[Any]
     def of(argument: Any) -> str:
         return argument.operator if isinstance(argument, Loss) else str(argument).removeprefix("torch.")
 
-    return [pytest.param(*case, id="-".join([case[0].__name__[5:], *map(of, case[1])])) for case in cases]
+    return [
+        pytest.param(*case, MODES[i % 2], id="-".join([case[0].__name__[5:], *map(of, case[1])]))
+        for i, case in enumerate(cases)
+    ]
 
 
-@pytest.mark.parametrize("mode", MODES[:2])
-@pytest.mark.parametrize("body, arguments", named(SMALL))
+@pytest.mark.parametrize(("body", "arguments", "mode"), named(SMALL))
 def test_of_the_public_functions(
     device: torch.device, use: Any, body: Callable[..., None], arguments: tuple[Any, ...], mode: str
 ) -> None:
@@ -215,27 +214,15 @@ def test_of_the_public_functions(
     body(device, *arguments)
 
 
-@pytest.mark.parametrize("body, arguments", named(MANY))
-def test_of_the_public_functions_where_tiles_are_skipped(
-    device: torch.device, use: Any, body: Callable[..., None], arguments: tuple[Any, ...]
-) -> None:
-    use("sorted", size=64)
-    body(device, *arguments)
-
-
-@pytest.mark.parametrize("body", [test_conr.test_tiles_of_nan_on_the_diagonal])
-def test_rows_of_nan_where_tiles_are_skipped(
-    device: torch.device, use: Any, monkeypatch: pytest.MonkeyPatch, body: Callable[..., None]
-) -> None:
-    use("sorted", size=64)
-    body(device, monkeypatch)
+def test_a_distance_that_is_rounded_to_the_window(device: torch.device, use: Any) -> None:
+    use("sorted", size=128)
+    test_conr.test_a_distance_that_is_rounded_to_the_window(device)
 
 
 # ---- as operators ----
 
 
-@pytest.mark.parametrize("name", SELF)
-@pytest.mark.parametrize("mode", MODES[:2])
+@pytest.mark.parametrize(("name", "mode"), [(name, MODES[i % 2]) for i, name in enumerate(SELF)])
 def test_some_rows_of_all(kernels: Any, use: Any, device: torch.device, name: str, mode: str) -> None:
     """As each rank of a process group computes them."""
     use(mode)
@@ -254,9 +241,9 @@ def test_some_rows_of_all(kernels: Any, use: Any, device: torch.device, name: st
         torch.testing.assert_close(backward(kernels, loss, part, statistics, grad_rows), gradient[own], **EXACT)
 
 
-@pytest.mark.parametrize("mode", MODES[:2])
-@pytest.mark.parametrize("offset", [5, -4])
-@pytest.mark.parametrize("by_key", [False, True])
+@pytest.mark.parametrize(
+    ("offset", "by_key", "mode"), [(5, False, "block"), (-4, False, "fused"), (5, True, "fused"), (-4, True, "block")]
+)
 def test_one_direction_with_positives_elsewhere(
     kernels: Any, use: Any, triton_device: torch.device, offset: int, by_key: bool, mode: str
 ) -> None:
@@ -305,8 +292,7 @@ def test_keys_that_are_left_out(kernels: Any, use: Any, triton_device: torch.dev
     assert losses(key, torch.full_like(log_q, math.inf)).isnan().all()
 
 
-@pytest.mark.parametrize("name", SELF)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "mode"), [*zip(CONR, MODES, strict=True), *(("supcon", mode) for mode in MODES[:2])])
 def test_gradient_formed_with_the_loss(kernels: Any, use: Any, device: torch.device, name: str, mode: str) -> None:
     """It is what the backward pass forms; a reduced loss is the losses' mean or sum, in the dtype asked for."""
     use(mode)
@@ -333,6 +319,8 @@ def test_skipped_tiles(kernels: Any, use: Any, device: torch.device, n_labels: i
     rank = torch.randperm(count, device=device)[:, None].double()
     targets = (rank / 2 if n_labels == 1 else torch.cat([rank, rank % 3], 1) / 4).contiguous()
     preds = targets + 2 * torch.rand(count, n_labels, dtype=torch.float64, device=device)
+    unknown = (rank < 20).squeeze(1) & (n_labels > 1)  # more than a tile, in no pair
+    targets[unknown, -1] = preds[unknown, -1] = math.nan
     features = torch.randn(count, 6, dtype=torch.float64, device=device)
     weights, grad_rows = torch.rand(count, dtype=torch.float64, device=device), upstream(count, torch.float64, device)
     numbers = (1.0, 0.2, 0.05, 0, 2)
@@ -343,13 +331,14 @@ def test_skipped_tiles(kernels: Any, use: Any, device: torch.device, n_labels: i
         losses, statistics, _ = kernels.conr(*forward)
         gradient = backward(kernels, LOSSES["conr-paper"], forward, statistics, grad_rows)
         results.append((losses, statistics, gradient))
-    assert (results[0][0] != 0).sum() > count / 2
+    assert (results[0][0] != 0).sum() > count / 3
+    assert (results[0][0][unknown] == 0).all()
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], **EXACT)
 
     problem = kernels._conr_problem(features, targets, preds, None, *numbers, 0, count)
     flags, listed, length = kernels._active_tiles(problem)
-    assert (flags.diagonal() == 1).all()
+    assert (flags.diagonal() == 1).sum() >= len(flags) - unknown.sum() // problem.tiles.size
     assert torch.equal(flags, flags.t())
     assert flags.sum() <= 0.75 * flags.numel()
     blocks = range(listed.shape[1])
@@ -372,15 +361,20 @@ def test_tiles_are_skipped_where_products_take_long(kernels: Any) -> None:
     assert few.order is None
 
 
-@pytest.mark.parametrize("name", ["conr-paper", "supcon", "info_nce-symmetric"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_same_bits_on_every_run(device: torch.device, use: Any, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "mode", "dtype"),
+    [
+        ("conr-paper", "sorted", torch.float32),
+        ("supcon", "block", torch.float16),
+        ("info_nce", "fused", torch.bfloat16),
+    ],
+)
+def test_same_bits_on_every_run(device: torch.device, use: Any, name: str, mode: str, dtype: torch.dtype) -> None:
+    use(mode)
     loss = LOSSES[name]
     features, arguments = problem_of(loss, several_blocks(device), dtype, device)
-    for mode in MODES[1:] if name in CONR else ["block"]:
-        use(mode)
-        first, second = (value_and_gradients(loss.fused, features, **arguments) for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    first, second = (value_and_gradients(loss.fused, features, **arguments) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_three_launches_forward(kernels: Any, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,21 +412,21 @@ def test_features_of_any_magnitude(kernels: Any, use: Any, device: torch.device,
     powers = 2.0 ** torch.linspace(smallest, largest, 34, dtype=torch.float64, device=device).round()[:, None]
     scaled = (features.detach().double() * powers).to(dtype)
     grad_rows = upstream(34, dtype, device)
-    for mode in MODES[:2]:
-        use(mode)
-        (losses, gradient), (same_losses, smaller) = (
-            (
-                (result := kernels.conr(*(forward := operator_arguments(loss, [x], arguments, NONE))))[0],
-                backward(kernels, loss, forward, result[1], grad_rows),
-            )
-            for x in (features.detach(), scaled)
-        )
-        if dtype == torch.float16:  # some elements of the smallest rows, and of the largest rows' gradients, are subnormal
-            assert relative_error(same_losses, losses) < 1e-2
-            assert relative_error(smaller.double() * powers, gradient) < 0.05
-        else:
-            torch.testing.assert_close(same_losses, losses, rtol=0, atol=0)
-            torch.testing.assert_close((smaller.double() * powers).to(dtype), gradient, rtol=0, atol=0)
+    use("block" if dtype.itemsize == 2 else "fused")
+
+    def results(x: Tensor) -> tuple[Tensor, Tensor]:
+        forward = operator_arguments(loss, [x], arguments, NONE)
+        losses, statistics, _ = kernels.conr(*forward)
+        return losses, backward(kernels, loss, forward, statistics, grad_rows)
+
+    losses, gradient = results(features.detach())
+    same_losses, smaller = results(scaled)
+    if dtype == torch.float16:  # some elements of the smallest rows, and of the largest rows' gradients, are subnormal
+        assert relative_error(same_losses, losses) < 1e-2
+        assert relative_error(smaller.double() * powers, gradient) < 0.05
+    else:
+        torch.testing.assert_close(same_losses, losses, rtol=0, atol=0)
+        torch.testing.assert_close((smaller.double() * powers).to(dtype), gradient, rtol=0, atol=0)
 
 
 def test_float16_gradients_of_any_magnitude(kernels: Any, use: Any, device: torch.device) -> None:
@@ -443,19 +437,14 @@ def test_float16_gradients_of_any_magnitude(kernels: Any, use: Any, device: torc
     forward = operator_arguments(loss, detached(features), arguments, NONE)
     statistics = kernels.conr(*forward)[1]
     grad_rows = upstream(40, torch.float16, device)
-    losses = loss.reference(features[0].double(), reduction="none", **arguments)
-    (exact,) = torch.autograd.grad(losses, features, grad_rows.double())
-    exact32 = torch.autograd.grad(
-        loss.reference(x := features[0].detach().double().requires_grad_(), reduction="none", **arguments),
-        x,
-        grad_rows.double(),
-    )[0]
-    assert relative_error(exact, exact32) < ROUNDOFF[torch.float16]
+    (leaf,) = in_float64(features)
+    losses = loss.reference(leaf, reduction="none", **arguments)
+    (exact,) = torch.autograd.grad(losses, leaf, grad_rows.double())
     problem = kernels._conr_problem(*forward[:9], 0, 40)
     for exponent in (-60, -20, 20, 60):
         side = kernels._Losses(statistics, grad_rows * 2.0**exponent)
         gradient, _ = kernels._gradients(problem, side, side, dtype=torch.float32)
-        assert relative_error(gradient.double() * 2.0**-exponent, exact32) < 2 * ROUNDOFF[torch.float16]
+        assert relative_error(gradient.double() * 2.0**-exponent, exact) < 2 * ROUNDOFF[torch.float16]
     assert (backward(kernels, loss, forward, statistics, torch.zeros_like(grad_rows)) == 0).all()
     without = statistics[1] == 0
     assert without.any()

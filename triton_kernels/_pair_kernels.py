@@ -202,9 +202,9 @@ def prepare_kernel(
 
 # ---- the pairs of a tile ----
 #
-# A side is (scales_ptr, labels_ptr, preds_ptr, weights_ptr, n): of its n samples sqrt(score_scale) z / operand, for ConR
-# targets [n, n_labels], preds and weights, for supervised contrastive labels and for InfoNCE ids. What a loss does
-# without is None. Its vectors are what these hold of some samples: scale, label, pred, weight.
+# A side is (scales_ptr, labels_ptr, preds_ptr, weights_ptr, n): of its n samples sqrt(score_scale) z / operand, for
+# ConR targets [n, n_labels], preds and weights, for supervised contrastive labels and for InfoNCE ids. What a loss
+# does without is None. Its vectors are what these hold of some samples: scale, label, pred, weight.
 
 
 @triton.jit

@@ -30,7 +30,7 @@ Every sum is in a fixed order: the same bits on every run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -783,8 +783,8 @@ def conr(
     row_count: int,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, statistics ``[3, row_count]`` (lse in units of log 2, alpha, beta) and, where wanted, its gradient ``[N, D]``,
-    else ``[0]``.
+    """Loss, statistics ``[3, row_count]`` (lse in units of log 2, alpha, beta) and, where wanted, its gradient
+    ``[N, D]``, else ``[0]``.
 
     Args:
         features: ``[N, D]``; float64, float32, bfloat16 or float16.
@@ -890,8 +890,8 @@ def info_nce(
     loss_dtype: torch.dtype,
     with_gradient: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Loss, statistics ``[3, N]`` of queries and ``[3, M]`` of keys, ``[3, 0]`` for a direction not asked for, and in the
-    place of gradients ``[0]`` twice: the forward pass is not asked for them.
+    """Loss, statistics ``[3, N]`` of queries and ``[3, M]`` of keys, ``[3, 0]`` for a direction not asked for, and in
+    the place of gradients ``[0]`` twice: the forward pass is not asked for them.
 
     Args:
         query: ``[N, D]``; float64, float32, bfloat16 or float16.
