@@ -100,9 +100,10 @@ def backward(kernels: Any, loss: Loss, forward: tuple[Any, ...], statistics: Ten
 
 
 CASES = [
-    *((name, "fused", dtype) for name in LOSSES for dtype in FLOAT_DTYPES),
-    *((name, "block", dtype) for name in LOSSES for dtype in (torch.float32, torch.float16)),
-    *((name, "sorted", torch.bfloat16) for name in CONR),
+    *((name, "fused", dtype) for name in LOSSES for dtype in (torch.float64, torch.bfloat16)),
+    *((name, "block", torch.float32) for name in LOSSES),
+    *((name, "sorted", dtype) for name, dtype in zip(CONR, FLOAT_DTYPES[1:], strict=True)),
+    *((name, mode, torch.float16) for name, mode in (("supcon", "fused"), ("info_nce-symmetric", "block"))),
 ]
 
 
@@ -117,7 +118,7 @@ def test_against_reference(device: torch.device, use: Any, name: str, dtype: tor
     loss.assert_as_accurate(features, arguments, ours, floor=4)
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (3, 16), (16, 1), (17, 32), (5, 600)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1), (17, 32), (5, 600)], ids=str)
 @pytest.mark.parametrize("name", ["conr-paper", "supcon", "info_nce-symmetric"])
 def test_shapes(device: torch.device, use: Any, name: str, shape: tuple[int, int]) -> None:
     loss = LOSSES[name]
@@ -135,8 +136,10 @@ WIDE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "temperature", "eta"), WIDE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "temperature", "eta", "dtype"),
+    [*((*case, torch.float32) for case in WIDE), *((*case, torch.bfloat16) for case in WIDE[2:-1:2])],
+)
 def test_wide_ranges(
     device: torch.device, use: Any, name: str, temperature: float, eta: float, dtype: torch.dtype
 ) -> None:
@@ -152,7 +155,7 @@ def test_wide_ranges(
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 VARIANTS = ("paper", "agedb", "nyud2")
 SMALL: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
-    *((test_conr.test_golden, (file,)) for file in ("agedb_0", "agedb_1", "agedb_2", "nyud2_0")),
+    *((test_conr.test_golden, (file,)) for file in ("agedb_0", "nyud2_0")),
     *((test_conr.test_against_the_derivative_by_hand, (variant, 31)) for variant in VARIANTS),
     *((test_conr.test_labels_of_several_values, (norm, 37)) for norm in (1, 2, math.inf)),
     (test_conr.test_averaged_labels, ()),
@@ -168,7 +171,7 @@ SMALL: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
     *((test_conr.test_a_row_opposite_to_all_others, (variant, F32, 12)) for variant in VARIANTS),
     *(
         (test_conr.test_a_factor_of_zero_beside_the_largest_score, (variant, zero, temperature, dtype))
-        for variant, zero in (("paper", "weights"), ("agedb", "weights"), ("nyud2", "weights"), ("nyud2", "eta"))
+        for variant, zero in (("paper", "weights"), ("nyud2", "weights"), ("nyud2", "eta"))
         for temperature in (0.02, 0.001)
         for dtype in (F64, F32)
     ),
@@ -180,7 +183,7 @@ SMALL: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
     *((test_info_nce.test_is_torchs_cross_entropy, ((5, 5), normalize)) for normalize in (True, False)),
     *((test_info_nce.test_against_the_derivative_by_hand, ((37, 53), symmetric, True, True)) for symmetric in (0, 1)),
     (test_info_nce.test_gradients_only_where_needed, ("sum", True, 20)),
-    *((test_info_nce.test_all_of_one_id, (symmetric, 20)) for symmetric in (False, True)),
+    (test_info_nce.test_all_of_one_id, (True, 20)),
     (test_info_nce.test_no_queries, ()),
     *((test_contrastive.test_zero_features, (LOSSES[name], BF16)) for name in ("conr-agedb", "info_nce-symmetric")),
     *(
