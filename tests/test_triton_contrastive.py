@@ -359,9 +359,15 @@ def test_tiles_are_skipped_where_products_take_long(kernels: Any) -> None:
     assert skips(65536, 512, torch.bfloat16)
     assert not skips(4096, 512, torch.float32)
     assert skips(16384, 512, torch.float32)
-    labels, features = torch.zeros(40, 1), torch.zeros(40, 2**26 // 40)  # few rows, and as many operations
-    few = kernels._conr_problem(features[:, :3], labels, labels, None, 1.0, 0.2, 0.05, 0, 2, 0, 40)
-    assert few.order is None
+
+
+def test_few_rows_of_very_many_features_skip_no_tiles(kernels: Any, device: torch.device, use: Any) -> None:
+    use("sorted")
+    features, labels = torch.zeros(40, 3, device=device), torch.zeros(40, 1, device=device)
+    for most_fused in (0, 40):
+        kernels._MOST_FUSED = most_fused  # `use` restores it
+        problem = kernels._conr_problem(features, labels, labels, None, 1.0, 0.2, 0.05, 0, 2, 0, 40)
+        assert (problem.order is None) == problem.fused == (most_fused == 40)
 
 
 @pytest.mark.parametrize(
