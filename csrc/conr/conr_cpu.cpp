@@ -4,6 +4,7 @@
 #include "conr/conr.h"
 
 #include "core/pair_passes.h"
+#include "core/pair_samples.h"
 
 namespace pyreg::PYREG_ISA {
 
@@ -169,6 +170,15 @@ void conr_statistics(const PairArgs& args) {
 
 void conr_gradient(const PairArgs& args) {
   dispatch(args, [&](auto pairs) { run_pair_gradient<typename decltype(pairs)::type>(args); });
+}
+
+void conr_sampled_scores(const PairArgs& args) {
+  dispatch(args, [&](auto pairs) { sample_scores<typename decltype(pairs)::type>(args); });
+}
+
+void conr_sampled_products(const PairArgs& args) {
+  if (args.dtype == Dtype::float64) return add_sampled_products<double>(args);
+  add_sampled_products<float>(args);
 }
 
 }  // namespace pyreg::PYREG_ISA

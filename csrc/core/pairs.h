@@ -29,6 +29,9 @@ constexpr double kBoundedRange = 60;
 // Arrays are read a whole vector at a time: this many elements beyond the last column belong to them.
 constexpr int64_t kPairPadding = 16;
 
+// From one pair in so many that mean anything on, scores and H z are made pair by pair (core/pair_samples.h).
+constexpr int64_t kPairsPerSample = 8;
+
 // Sums over the pairs of each row (or column), in units of exp(maximum), or of exp(shift) where bounded.
 struct PairSums {
   double* maximum;
@@ -52,6 +55,24 @@ struct PairSide {
   const void* positive_weight;  // [n] A: u beta / tau
 };
 
+// Of all rows and columns; the scores' type, [.., width].
+struct PairFeatures {
+  const void* rows;
+  const void* columns;
+  int64_t width;
+  void* row_totals;     // gain H z
+  void* column_totals;  // null where not needed; the rows' where rows and columns are the same
+  bool* is_sampled;     // receives whether the scores have been made
+};
+
+struct PairArgs;
+
+// Kernels that take a tile pair by pair: one makes the scores where few of them mean anything, one adds H z.
+struct PairSampling {
+  void (*scores)(const PairArgs&);
+  void (*products)(const PairArgs&);
+};
+
 struct PairArgs {
   Dtype dtype;   // float64 or float32, of the scores
   void* scores;  // [rows, columns], raw products; the gradient pass overwrites them with H
@@ -64,7 +85,9 @@ struct PairArgs {
   double shift;
   PairSide row, column;
   PairSums row_sums, column_sums;
-  void* workspace;  // pair_workspace_bytes
+  void* workspace;               // pair_workspace_bytes
+  const PairSampling* sampling;  // null where all pairs mean something
+  PairFeatures features;         // for its kernels
 
   // ConR
   Dtype label_dtype;

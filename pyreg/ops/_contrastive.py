@@ -22,8 +22,8 @@ Tensors = tuple[Tensor | None, ...]
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-# One tile of rows, whose gradient is formed with the loss: a second pass over so few would be mostly overhead.
-ONE_TILE_ROWS = 512
+# Rows whose scores are held from the loss to its gradient, which is formed with it.
+HELD_ROWS = 1024
 
 # For row_count: a number that tracing need not know.
 ALL_ROWS = -1
@@ -199,8 +199,8 @@ class SymmetricLoss:
         self._differentiable = _library.differentiable(name, setup_context=self._setup, backward=self._backward)
 
     def __call__(self, features: Tensor, others: Tensors, numbers: tuple[Any, ...], reduction: int) -> Tensor:
-        needs_grad, is_one_tile = features.requires_grad and torch.is_grad_enabled(), features.shape[0] <= ONE_TILE_ROWS
-        with_gradient = needs_grad and is_one_tile and reduction != 0
+        needs_grad = features.requires_grad and torch.is_grad_enabled()
+        with_gradient = needs_grad and features.shape[0] <= HELD_ROWS and reduction != 0
         options = (reduction, loss_dtype(features), 0, ALL_ROWS, with_gradient)
         return self._differentiable(features, *others, *numbers, *options)[0]  # type: ignore[no-any-return]
 
