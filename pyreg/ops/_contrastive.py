@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -155,21 +153,14 @@ def on_cuda(name: str, row_count: int | None = None) -> Callable[..., Any]:
         first, arguments = args[0], list(args)
         if row_count is not None and arguments[row_count] == ALL_ROWS:
             arguments[row_count] = first.shape[0]
-        return getattr(_kernels(first), name)(*arguments)
+        return getattr(_kernels(), name)(*arguments)
 
     return operation
 
 
-def _kernels(tensor: Tensor) -> ModuleType:
-    """Where CUDA's operators come from: Triton's kernels, or torch's own operators in float64 and without Triton."""
-    if tensor.dtype != torch.float64 and _has_triton_kernels():
-        return importlib.import_module("pyreg.triton_kernels.contrastive")
-    return _pairs
-
-
-@functools.cache
-def _has_triton_kernels() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("triton", "pyreg.triton_kernels.contrastive"))
+def _kernels() -> ModuleType:
+    """Where CUDA's operators come from: Triton's kernels, or torch's own operators without Triton."""
+    return importlib.import_module("pyreg.triton_kernels.contrastive") if _library.has_triton() else _pairs
 
 
 # ---- a loss of features against themselves ----

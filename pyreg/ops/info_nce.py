@@ -1,7 +1,7 @@
 """InfoNCE: the public function, and how torch traces, differentiates and batches it.
 
-Kernels: ``csrc/info_nce``; on CUDA, torch's own operators (``pyreg/ops/_pairs.py``). Definition:
-:mod:`pyreg.reference.info_nce`.
+Kernels: ``csrc/info_nce`` and, on CUDA, ``triton_kernels/contrastive.py``, or torch's own operators where Triton is not
+there (``pyreg/ops/_pairs.py``). Definition: :mod:`pyreg.reference.info_nce`.
 """
 
 from __future__ import annotations
