@@ -7,7 +7,7 @@
   the CPU kernels of the same operators, so that the same test bodies run them without a GPU.
 
 Triton kernels are tested on the ``triton_device``: a GPU where torch sees one, and with ``--backend=triton_on_cpu`` the
-CPU, where Triton's interpreter runs them.
+CPU, where Triton's interpreter runs them. A test file may make it the ``device`` of test bodies that it imports.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -40,6 +40,11 @@ def _backends(config: pytest.Config) -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
+def _device_of(fixtures: Iterable[str]) -> str | None:
+    """The fixture that says where a test runs."""
+    return next((name for name in ("triton_device", "device") if name in fixtures), None)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     kinds = {"device": ("cpu", "cuda", "cuda_on_cpu"), "triton_device": ("cuda", "triton_on_cpu")}
     only_cpu = metafunc.definition.get_closest_marker("cpu_only")
@@ -48,7 +53,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chosen = [name for name in chosen if name != "cuda_on_cpu"]
     for fixture, kind in kinds.items():
         backends = [name for name in chosen if name in kind]
-        if fixture in metafunc.fixturenames and backends:
+        if fixture == _device_of(metafunc.fixturenames) and backends:
             metafunc.parametrize(fixture, backends, indirect=True, scope="session")
 
 
@@ -59,10 +64,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def runs(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         too_large = backend.endswith("_on_cpu") and item.get_closest_marker("large") is not None
-        for fixture in ("device", "triton_device"):
-            if fixture in getattr(item, "fixturenames", ()):
-                return fixture in parameters and backend in ("auto", parameters[fixture]) and not too_large
-        return backend in ("auto", "cpu")
+        fixture = _device_of(getattr(item, "fixturenames", ()))
+        if fixture is None:
+            return backend in ("auto", "cpu")
+        return fixture in parameters and backend in ("auto", parameters[fixture]) and not too_large
 
     config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
     items[:] = [item for item in items if runs(item)]

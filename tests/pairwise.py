@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyreg.functional import conr_loss, info_nce, supcon_loss
+from pyreg.ops import _contrastive
 from pyreg.reference import conr as conr_reference
 from pyreg.reference import info_nce as info_nce_reference
 from pyreg.reference import supcon as supcon_reference
@@ -129,3 +134,34 @@ def value_and_gradients(function: Callable[..., Tensor], features: list[Tensor],
 
 def in_float64(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in tensors]
+
+
+@contextlib.contextmanager
+def in_place_of_the_cpus(kernels: ModuleType) -> Iterator[None]:
+    """CPU tensors are treated by what is there for CUDA's."""
+
+    def info_nce_with_gradient(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, ...]:
+        """On the CPU the forward pass is asked for gradients too."""
+        (*others, temperature, normalize, _, symmetric, offset, reduction, _, with_gradient) = options
+        loss, *statistics, _, _ = kernels.info_nce(query, key, *options)
+        total = statistics[0].dtype
+        share = (1 / max(len(query), 1) if reduction == 1 else 1.0) / (2 if symmetric else 1)
+        rows = torch.full((len(query),), share, dtype=total)
+        sides = (rows, rows if symmetric else rows[:0], query.to(total), key.to(total), *others, *statistics)
+        return loss, *statistics, *kernels.info_nce_backward(*sides, temperature, normalize, offset, with_gradient)
+
+    library = torch.library.Library("pyreg", "IMPL", "CPU")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_contrastive, "_kernels", lambda: kernels)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="(?s).*[Oo]verriding a previously registered kernel.*")
+                for name in ("conr", "supcon"):
+                    library.impl(name, _contrastive.on_cuda(name, row_count=-2), allow_override=True)
+                    backward = f"{name}_backward"
+                    library.impl(backward, _contrastive.on_cuda(backward, row_count=-1), allow_override=True)
+                library.impl("info_nce", info_nce_with_gradient, allow_override=True)
+                library.impl("info_nce_backward", _contrastive.on_cuda("info_nce_backward"), allow_override=True)
+            yield
+    finally:
+        library._destroy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyreg.functional import conr_loss
-from pyreg.ops import _contrastive
+from pyreg.ops import _contrastive, _library
 from pyreg.reference.conr import conr_loss as reference
 from tests.oracle import FLOAT_DTYPES, ROUNDOFF, assert_as_accurate, relative_error
-from tests.pairwise import REDUCTIONS, in_float64, value_and_gradients
+from tests.pairwise import LOSSES, REDUCTIONS, in_float64, value_and_gradients
 
 pytestmark = pytest.mark.not_emulated
 
@@ -155,6 +155,89 @@ def test_tiles_without_pairs(device: torch.device, labels: int, dtype: torch.dty
     truth = value_and_gradients(reference, in_float64([features]), targets=targets, preds=preds)
     for actual, same_dtype, expected in zip(ours, theirs, truth, strict=True):
         assert_as_accurate(actual, same_dtype, expected, floor=8)
+
+
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """What is read before it is written makes a result NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1000).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def labels_of_few_pairs(count: int) -> tuple[Tensor, Tensor]:
+    """Of the pairs of most tiles fewer than one in eight is positive or negative; those of the first 200 rows, whose
+    predictions are all alike, are."""
+    targets, preds = torch.randint(2 * count, (2, count)) / 8
+    preds[:200] = -1
+    targets[:200] = torch.randint(3, (200,)) * count / 8
+    related = (targets[:, None] - targets).abs() <= 1
+    related |= (preds[:, None] - preds).abs() <= 1
+    assert related[200:, 200:].double().mean() < 0.1
+    assert related[:200, :200].all()
+    return targets, preds
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.02])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("count", "width"), [(330, 160), (1100, 130)])
+def test_few_pairs(
+    device: torch.device,
+    nan_in_new_memory: None,
+    variant: str,
+    count: int,
+    width: int,
+    dtype: torch.dtype,
+    temperature: float,
+) -> None:
+    """Scores that are made pair by pair beside some that are products, loss and gradient at once and one by one."""
+    targets, preds = (labels.to(device) for labels in labels_of_few_pairs(count))
+    features = [features_like((count, width), device, dtype)]
+    weights = torch.rand(count, device=device, dtype=torch.float64).to(_library.accumulate_dtype(dtype))
+    arguments = {"targets": targets, "preds": preds, "weights": weights}
+    arguments |= {"variant": variant, "temperature": temperature, "eta": 0.05}
+    for reduction in ("mean", "none"):
+        ours = value_and_gradients(conr_loss, features, reduction=reduction, **arguments)
+        LOSSES[f"conr-{variant}"].assert_as_accurate(features, {**arguments, "reduction": reduction}, ours, floor=8)
+
+
+def test_few_pairs_of_some_rows(device: torch.device) -> None:
+    """The operator's own rows, as a process of several calls it."""
+    count, first, own = 700, 150, 300
+    targets, preds = (labels.to(device, torch.float64)[:, None] for labels in labels_of_few_pairs(count))
+    features = features_like((count, 40), device).detach()
+
+    def losses(first: int, own: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.pyreg.conr(  # type: ignore[no-any-return]
+            features, targets, preds, None, 1.0, 0.2, 0.05, 0, 1, 0, features.dtype, first, own, False
+        )
+
+    upstream = torch.rand(count, dtype=torch.float64, device=device)
+    loss, statistics, _ = losses(0, count)
+    torch.testing.assert_close(losses(first, own)[0], loss[first : first + own], **EXACT)
+    arguments = (upstream, features, targets, preds, None, statistics, 1.0, 0.2, 0.05, 0, 1)
+    whole, part = (torch.ops.pyreg.conr_backward(*arguments, *rows) for rows in ((0, count), (first, own)))
+    torch.testing.assert_close(part, whole[first : first + own], **EXACT)
+
+
+def test_few_pairs_sum_in_one_order(device: torch.device) -> None:
+    """The same bits, whatever the number of threads."""
+    targets, preds = (labels.to(device) for labels in labels_of_few_pairs(700))
+    features = features_like((700, 600), device, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(value_and_gradients(conr_loss, [features], targets=targets, preds=preds, reduction="none"))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
 
 def test_a_distance_that_is_rounded_to_the_window(device: torch.device) -> None:

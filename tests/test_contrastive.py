@@ -24,8 +24,9 @@ from tests.pairwise import LOSSES, REDUCTIONS, Loss, in_float64, value_and_gradi
 pytestmark = pytest.mark.not_emulated
 
 # [N, D]: the fewest rows that make pairs; primes; one feature; tiles and vectors left incomplete; on both sides of the
-# 512 rows up to which the gradient is formed with the loss.
+# 512 rows beyond which ConR puts them in order.
 SHAPES = [(2, 3), (3, 1), (37, 19), (129, 64), (257, 5), (513, 33)]
+# On both sides of the 1024 rows up to which the gradient is formed with the loss.
 LARGE_SHAPES = [(700, 24), (1031, 7)]
 
 # Roundoffs of the terms that a loss and its gradients are differences of: a score, an exponential, two sums.
@@ -79,7 +80,7 @@ def test_gradgradcheck(device: torch.device, loss: Loss, reduction: str) -> None
     assert torch.autograd.gradgradcheck(lambda *f: loss.fused(*f, reduction=reduction, **arguments), features)
 
 
-@pytest.mark.parametrize("count", [40, 520])
+@pytest.mark.parametrize("count", [40, 1030])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradient_is_asked_for_again(device: torch.device, loss: Loss, reduction: str, count: int) -> None:
     features, arguments = loss.features((count, 6), torch.float64, device), loss.arguments(count, device)
@@ -123,7 +124,7 @@ def test_features_that_something_else_is_made_of(device: torch.device, loss: Los
         assert_close(*(torch.autograd.grad(g.square().sum(), x) for g in (actual, expected)))
 
 
-@pytest.mark.parametrize("count", [10, 520])
+@pytest.mark.parametrize("count", [10, 1030])
 def test_features_changed_between_forward_and_backward_are_an_error(
     device: torch.device, loss: Loss, count: int
 ) -> None:
@@ -135,7 +136,7 @@ def test_features_changed_between_forward_and_backward_are_an_error(
         value.backward()
 
 
-@pytest.mark.parametrize("count", [300, 700])
+@pytest.mark.parametrize("count", [300, 1100])
 def test_float16_gradients_wait_for_the_loss_scale(device: torch.device, loss: Loss, count: int) -> None:
     """Without the scale most of these gradients are below the smallest float16."""
     scale = 2.0**15
@@ -244,7 +245,7 @@ def test_strides_and_further_dimensions(device: torch.device, loss: Loss) -> Non
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("count", [300, 700])
+@pytest.mark.parametrize("count", [300, 1100])
 def test_same_bits_on_every_run(device: torch.device, loss: Loss, dtype: torch.dtype, count: int) -> None:
     features, arguments = loss.features((count, 32), dtype, device), loss.arguments(count, device)
     first = value_and_gradients(loss.fused, features, **arguments)
@@ -253,7 +254,7 @@ def test_same_bits_on_every_run(device: torch.device, loss: Loss, dtype: torch.d
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("count", [70, 520])
+@pytest.mark.parametrize("count", [70, 1030])
 def test_inputs_are_not_written(device: torch.device, loss: Loss, count: int) -> None:
     features, arguments = loss.features((count, 6), torch.float32, device), loss.arguments(count, device)
     inputs = [*features, *(value for value in arguments.values() if isinstance(value, Tensor))]

@@ -3,7 +3,6 @@ the place of the CPU's kernels, in tests of the public functions."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bench.memory import peak_extra_bytes
-from pyreg.ops import _contrastive, _pairs
+from pyreg.ops import _pairs
 from tests.oracle import FLOAT_DTYPES
-from tests.pairwise import LOSSES, Loss
+from tests.pairwise import LOSSES, Loss, in_place_of_the_cpus
 from tests.test_conr import (  # noqa: F401
     test_a_large_push,
     test_a_row_opposite_to_all_others,
@@ -50,31 +49,8 @@ def loss(request: pytest.FixtureRequest) -> Loss:
 
 @pytest.fixture(scope="module", autouse=True)
 def _composition() -> Iterator[None]:
-    """Takes the place of the CPU's kernels."""
-    library = torch.library.Library("pyreg", "IMPL", "CPU")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_contrastive, "_kernels", lambda tensor: _pairs)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="(?s).*[Oo]verriding a previously registered kernel.*")
-            for name in ("conr", "supcon"):
-                library.impl(name, _contrastive.on_cuda(name, row_count=-2), allow_override=True)
-                backward = f"{name}_backward"
-                library.impl(backward, _contrastive.on_cuda(backward, row_count=-1), allow_override=True)
-            library.impl("info_nce", _info_nce_with_gradient, allow_override=True)
-            library.impl("info_nce_backward", _contrastive.on_cuda("info_nce_backward"), allow_override=True)
+    with in_place_of_the_cpus(_pairs):
         yield
-    library._destroy()
-
-
-def _info_nce_with_gradient(query: Tensor, key: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    """On the CPU the forward pass is asked for gradients too."""
-    (*others, temperature, normalize, _, symmetric, offset, reduction, _, with_gradient) = options
-    loss, *statistics, _, _ = _pairs.info_nce(query, key, *options)
-    total = statistics[0].dtype
-    share = (1 / len(query) if reduction == 1 else 1.0) / (2 if symmetric else 1)
-    rows = torch.full((len(query),), share, dtype=total)
-    sides = (rows, rows if symmetric else rows[:0], query.to(total), key.to(total), *others, *statistics)
-    return loss, *statistics, *_pairs.info_nce_backward(*sides, temperature, normalize, offset, with_gradient)
 
 
 @pytest.fixture(params=["one block", "many blocks"])

@@ -442,8 +442,8 @@ def test_float32_products_follow_torch(kernels: Any) -> None:
     try:
         for setting, expected in [("highest", "ieee"), ("high", "tf32")]:
             torch.set_float32_matmul_precision(setting)
-            assert kernels._precision(torch.float32) == expected
-            assert kernels._precision(torch.bfloat16) == kernels._precision(torch.float16) == "ieee"
+            assert kernels.product_precision(torch.float32) == expected
+            assert kernels.product_precision(torch.bfloat16) == kernels.product_precision(torch.float16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 

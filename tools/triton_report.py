@@ -17,11 +17,13 @@ are passed over.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +80,33 @@ def compile_ahead(name: str, variant: Variant, architecture: int) -> tuple[ptxas
     return usage, ", ".join(f"{count} x {instruction}" for instruction, count in instructions.items()) or "none"
 
 
+def variants_of(file: str) -> dict[str, Variant]:
+    return importlib.import_module(f"pyreg.triton_kernels.{file}").AHEAD_OF_TIME  # type: ignore[no-any-return]
+
+
+def compile_named(job: tuple[str, str, int]) -> tuple[ptxas.Usage, str]:
+    file, name, architecture = job
+    return compile_ahead(name, variants_of(file)[name], architecture)
+
+
 def main() -> None:
     wanted = sys.argv[1:]
-    files = sorted(path for path in KERNELS.glob("*.py") if not path.name.startswith("_"))
-    if not files:
+    files = sorted(path.stem for path in KERNELS.glob("*.py") if not path.name.startswith("_"))
+    jobs = [
+        (file, name, architecture)
+        for file in files
+        for name, variant in variants_of(file).items()
+        if not wanted or any(word in name for word in wanted)
+        for architecture in variant[-1]
+    ]
+    if not jobs:
         print("no Triton kernels")
         return
     usages = []
-    for path in files:
-        variants: dict[str, Variant] = importlib.import_module(f"pyreg.triton_kernels.{path.stem}").AHEAD_OF_TIME
-        for name, variant in variants.items():
-            if wanted and not any(word in name for word in wanted):
-                continue
-            for architecture in variant[-1]:
-                usage, instructions = compile_ahead(name, variant, architecture)
-                usages.append(usage)
-                print(f"{name} on {usage.architecture}: matrix instructions: {instructions}")
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for usage, instructions in pool.map(compile_named, jobs):
+            usages.append(usage)
+            print(f"{usage.kernel} on {usage.architecture}: matrix instructions: {instructions}", flush=True)
     sys.exit(ptxas.report("Triton", usages))
 
 

@@ -9,11 +9,10 @@ every run, which one made by timing at run time would not. Every candidate is ch
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from triton.testing import do_bench
+from tiles import milliseconds, relative_error, tabulate
 
 from pyreg.triton_kernels import linear_stablemax as kernels
 from pyreg.triton_kernels.linear_stablemax import Tiles
@@ -48,15 +47,8 @@ def main() -> None:
     labels = torch.randint(n_classes, (n_rows,), **options)
     operations = 2 * n_rows * n_features * n_classes
 
-    def time(call: object) -> float:
-        return float(do_bench(call, warmup=200, rep=1000, return_mode="median"))
-
-    table = Table(title=f"{n_rows} x {n_features} -> {n_classes}, bfloat16, {torch.cuda.get_device_name()}")
-    for column in ("tiles", "ms", "TFLOP/s", "of torch.mm"):
-        table.add_column(column, justify="left" if column == "tiles" else "right")
     logits = torch.empty(n_rows, n_classes, dtype=torch.bfloat16, device="cuda")
-    product = time(lambda: torch.mm(x, weight.T, out=logits))
-    table.add_row("torch.mm", f"{product:.3f}", f"{operations / product / 1e9:.0f}", "")
+    product = milliseconds(lambda: torch.mm(x, weight.T, out=logits))
 
     sample = slice(0, n_rows, max(1, n_rows // 64))
     few = x[sample].double() @ weight.double().T
@@ -67,25 +59,18 @@ def main() -> None:
     del few, share
     derivatives = kernels.new_derivatives(n_rows, weight)
     scale = kernels._slope_scale(x.dtype) ** 2
-    for tiles in CANDIDATES:
-        kernels._choose_tiles = lambda *_, tiles=tiles: tiles
+
+    def attempt(tiles: Tiles) -> tuple[Callable[[], object], list[float]]:
+        kernels._choose_tiles = lambda *_: tiles
         derivatives.fill_(float("nan"))
-        call = lambda: kernels.forward(x, weight, None, labels, None, derivatives)  # noqa: E731
-        try:
-            loss = call().loss[sample]
-        except Exception as error:  # whatever Triton raises: this Triton or this GPU cannot have it
-            table.add_row(str(tiles), type(error).__name__, "", "")
-            continue
-        wrong = max(
-            ((loss - exact).norm() / exact.norm()).item() / 1e-5,
-            ((derivatives[sample] / scale - slopes).norm() / slopes.norm()).item() / 2**-8,
-        )
-        if not wrong < 1:
-            table.add_row(str(tiles), "[red]wrong", "", "")
-            continue
-        taken = time(call)
-        table.add_row(str(tiles), f"{taken:.3f}", f"{operations / taken / 1e9:.0f}", f"{product / taken:.0%}")
-    Console(width=200).print(table)
+        loss = forward().loss[sample]
+        return forward, [relative_error(loss, exact) / 1e-5, relative_error(derivatives[sample] / scale, slopes) * 2**8]
+
+    def forward() -> kernels.RowTerms:
+        return kernels.forward(x, weight, None, labels, None, derivatives)
+
+    title = f"{n_rows} x {n_features} -> {n_classes}, bfloat16"
+    tabulate(title, ("torch.mm", product), operations, CANDIDATES, attempt)
 
 
 if __name__ == "__main__":

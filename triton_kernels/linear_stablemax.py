@@ -27,16 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_EMULATED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run as Python, on CPU tensors
-
-
-@triton.jit
-def _round_to(x, dtype: tl.constexpr):
-    if _EMULATED and dtype == tl.bfloat16:  # the interpreter cuts digits off
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
+from pyreg.triton_kernels._shared import EMULATED, OPTIONS, product_into, product_precision, round_to
 
 # ---- the logits' product ----
 
@@ -60,7 +51,7 @@ def _consume(
     """Stores SLOPE_SCALE^2 s'(z); returns SUM_SCALE times the sums of s(z), [BLOCK_M]."""
     below = tl.minimum(z, 0.0)
     distance = 1.0 / SLOPE_SCALE - below * (1.0 / SLOPE_SCALE)
-    if _EMULATED:
+    if EMULATED:
         slope = 1.0 / distance
     else:  # one instruction; 1 / distance is four, which scale numbers that cannot occur here
         slope = tl.inline_asm_elementwise(
@@ -69,13 +60,13 @@ def _consume(
     if WITH_DERIVATIVES:
         derivative = slope * slope
         if DESCRIPTORS:
-            derivatives.store([row, column], _round_to(derivative, derivatives.dtype))
+            derivatives.store([row, column], round_to(derivative, derivatives.dtype))
         else:
             rows = row + tl.arange(0, BLOCK_M)
             columns = column + tl.arange(0, BLOCK_N)
             pointers = derivatives + rows.to(tl.int64)[:, None] * derivatives_stride + columns[None, :]
             inside = (rows < n_rows)[:, None] & (columns < n_classes)[None, :]
-            tl.store(pointers, _round_to(derivative, derivatives.dtype.element_ty), mask=inside)
+            tl.store(pointers, round_to(derivative, derivatives.dtype.element_ty), mask=inside)
     above = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)  # `below` has lost a NaN
     return tl.sum(slope, 1) * (SUM_SCALE / SLOPE_SCALE) + tl.sum(above * SUM_SCALE, 1)
 
@@ -294,7 +285,7 @@ def scale_rows_kernel(
     offsets = rows.to(tl.int64)[:, None] * x_stride + features[None, :]
     x = tl.load(x_ptr + offsets, mask=exists & used[:, None], other=0.0).to(tl.float32)
     out = out_ptr + rows.to(tl.int64)[:, None] * n_features + features[None, :]
-    tl.store(out, _round_to(x * factor[:, None], out_ptr.dtype.element_ty), mask=exists)
+    tl.store(out, round_to(x * factor[:, None], out_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -328,7 +319,7 @@ def finish_input_gradient_kernel(
     weight = tl.load(weight_ptr + label[:, None] * weight_stride + features[None, :], mask=used, other=0.0)
     gradient = c[:, None] * product + t[:, None] * weight.to(tl.float32)
     out = out_ptr + rows.to(tl.int64)[:, None] * out_stride + features[None, :]
-    tl.store(out, _round_to(gradient, out_ptr.dtype.element_ty), mask=exists)
+    tl.store(out, round_to(gradient, out_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -402,8 +393,6 @@ _TILES = {
 _IEEE_TILES = Tiles(128, 64, 16, parts=1, warps=8, stages=2)  # no matrix instruction multiplies in float32
 _EMULATED_TILES = Tiles(16, 32, 16, parts=2, warps=1, stages=1, group=2)  # small: a small test has several
 
-_OPTIONS = {"enable_fp_fusion": True}  # a product and its sum rounded once; Triton's own default changes in 3.10
-
 # Of the other kernels, which are bound by memory: 2048 elements a program, 16 a thread. Sums of a row's tiles lie
 # n_rows apart, so that 8 rows make one sector of 32 bytes.
 _ROW_TERMS_BLOCKS = {"BLOCK_R": 8, "BLOCK_T": 64, "BLOCK_H": 256}
@@ -423,12 +412,6 @@ def _family(major: int, minor: int) -> str:
     if major == 9:
         return "sm_90"
     return "sm_80" if minor in (0, 7) else "sm_86"
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How operands are multiplied: 16-bit ones exactly, float32 ones as torch multiplies them."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
 
 
 def _choose_tiles(x: Tensor, weight: Tensor, derivatives: Tensor | None, precision: str) -> Tiles:
@@ -499,7 +482,7 @@ def forward(
     result = RowTerms(*x.new_empty((3, n_rows), dtype=torch.float32))
     if n_rows == 0:
         return result
-    precision = _precision(x.dtype)
+    precision = product_precision(x.dtype)
     tiles = _choose_tiles(x, weight, derivatives, precision)
     tiles_n = triton.cdiv(n_classes, tiles.classes)
     sums = x.new_empty((tiles_n, n_rows), dtype=torch.float32)
@@ -524,7 +507,7 @@ def forward(
             SUM_SCALE=sum_scale,
             WITH_BIAS=bias is not None,
             WITH_CLASS_WEIGHT=class_weight is not None,
-            **_OPTIONS,
+            **OPTIONS,
         )
     return result
 
@@ -581,7 +564,7 @@ def _multiply(
             PRECISION=precision,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
-            **_OPTIONS,
+            **OPTIONS,
         )
 
     # Descriptors lie in scratch memory, whose allocator belongs to the context: to a copy of the caller's.
@@ -627,7 +610,7 @@ def input_gradient(
     weight = _rows(weight)
     product = out.new_empty((n_rows, n_features), dtype=torch.float32)
     with torch.cuda.device_of(out):
-        _product_into(product, derivatives, weight, accumulate=False)
+        product_into(product, derivatives, weight, accumulate=False)
         finish_input_gradient_kernel[_element_grid(n_rows, n_features)](
             product,
             weight,
@@ -642,7 +625,7 @@ def input_gradient(
             out.stride(0),
             **_ELEMENT_BLOCKS,
             SCALE=_slope_scale(derivatives.dtype) ** 2,
-            **_OPTIONS,
+            **OPTIONS,
         )
 
 
@@ -663,7 +646,7 @@ def add_bias_gradient(
             derivatives.stride(0),
             **_COLUMN_BLOCKS,
             SCALE=_slope_scale(derivatives.dtype) ** 2,
-            **_OPTIONS,
+            **OPTIONS,
         )
     out.index_put_((labels.clamp(0, n_classes - 1),), target_gradient, accumulate=True)
 
@@ -706,7 +689,7 @@ class WeightGradient:
             product_scale, target_scale = 1.0 / self._derivative_scale, 1.0
         with torch.cuda.device_of(x):
             scaled = _scale_rows(x, sum_gradient, self._scale, product_scale, x.dtype)
-            _product_into(self._sum, derivatives.T, scaled, accumulate=self._chunks > 0)
+            product_into(self._sum, derivatives.T, scaled, accumulate=self._chunks > 0)
             targets = _scale_rows(x, target_gradient, self._scale, target_scale, self._sum.dtype)
         self._sum.index_put_((labels.clamp(0, self._sum.shape[0] - 1),), targets, accumulate=True)
         self._chunks += 1
@@ -731,7 +714,7 @@ class WeightGradient:
         scale = fitting.where(largest * self._scale > self._LARGEST, self._scale)
         with torch.cuda.device_of(x):
             rescale_kernel[(1024 if x.is_cuda else 2,)](
-                self._sum, scale / self._scale, self._sum.numel(), BLOCK=4096, **_OPTIONS
+                self._sum, scale / self._scale, self._sum.numel(), BLOCK=4096, **OPTIONS
             )
         self._scale = scale
 
@@ -751,20 +734,9 @@ def _scale_rows(x: Tensor, factor: Tensor, scale: Tensor | None, constant: float
         **_ELEMENT_BLOCKS,
         SCALE=constant,
         WITH_SCALE=scale is not None,
-        **_OPTIONS,
+        **OPTIONS,
     )
     return out
-
-
-def _product_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """out = a b, or out += a b, summed in float32."""
-    if a.dtype != out.dtype and not out.is_cuda:
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    options = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if accumulate:
-        torch.addmm(out, a, b, **options, out=out)
-    else:
-        torch.mm(a, b, **options, out=out)
 
 
 # ---- what tools/triton_report.py compiles ----
@@ -791,7 +763,7 @@ def _product_variant(tiles: Tiles, dtype: str, *, derivatives: bool = True, bias
     for name, wanted in (("bias_ptr", bias), ("derivatives_ptr", derivatives)):
         types |= {name: f"*{dtype}:16"} if wanted else {}
         constants |= {} if wanted else {name: None}
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages} | _OPTIONS
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages} | OPTIONS
     return linear_stablemax_kernel, types, constants, options
 
 
@@ -826,28 +798,28 @@ def _variants() -> dict[str, Any]:
                 _types(dtype, sums="fp32", x="dtype", weight="dtype", labels="i64", loss="fp32", **gradients)
                 | dict.fromkeys(("bias_ptr", "class_weight_ptr"), "*fp32:16"),
                 _ROW_TERMS_BLOCKS | {"SUM_SCALE": 1 / 512, "WITH_BIAS": True, "WITH_CLASS_WEIGHT": True},
-                _OPTIONS,
+                OPTIONS,
                 every,
             ),
             f"scale_rows {dtype}": (
                 scale_rows_kernel,
                 _types(dtype, x="dtype", scale="fp32", **rows),
                 _ELEMENT_BLOCKS | {"SCALE": 1.0, "WITH_SCALE": True},
-                _OPTIONS,
+                OPTIONS,
                 every,
             ),
             f"finish_input_gradient {dtype}": (
                 finish_input_gradient_kernel,
                 _types(dtype, product="fp32", weight="dtype", labels="i64", out="dtype", **gradients),
                 _ELEMENT_BLOCKS | {"SCALE": 16.0},
-                _OPTIONS,
+                OPTIONS,
                 every,
             ),
             f"sum_columns {dtype}": (
                 sum_columns_kernel,
                 _types(dtype, derivatives="dtype", factor="fp32", out="fp32"),
                 _COLUMN_BLOCKS | {"SCALE": 16.0},
-                _OPTIONS,
+                OPTIONS,
                 every,
             ),
         }

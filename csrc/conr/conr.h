@@ -30,5 +30,7 @@ inline PairRow conr_row(const PairSums& sums, int64_t i, bool is_bounded, double
 
 PYREG_DECLARE_KERNEL(conr_statistics, PairArgs)
 PYREG_DECLARE_KERNEL(conr_gradient, PairArgs)
+PYREG_DECLARE_KERNEL(conr_sampled_scores, PairArgs)
+PYREG_DECLARE_KERNEL(conr_sampled_products, PairArgs)
 
 }  // namespace pyreg

@@ -1,9 +1,10 @@
 // CPU kernels of ConR: masks, pushes and distances of a tile's pairs; formulas: conr.h, passes: core/pair_passes.h.
 // They take 8 to 16 bytes of every pair's labels from cache and one exponential; the products that make the scores take
-// D times 2 operations.
+// D times 2 operations, of all pairs or, where they are few, of those that are positive or negative.
 #include "conr/conr.h"
 
 #include "core/pair_passes.h"
+#include "core/pair_samples.h"
 
 namespace pyreg::PYREG_ISA {
 
@@ -169,6 +170,15 @@ void conr_statistics(const PairArgs& args) {
 
 void conr_gradient(const PairArgs& args) {
   dispatch(args, [&](auto pairs) { run_pair_gradient<typename decltype(pairs)::type>(args); });
+}
+
+void conr_sampled_scores(const PairArgs& args) {
+  dispatch(args, [&](auto pairs) { sample_scores<typename decltype(pairs)::type>(args); });
+}
+
+void conr_sampled_products(const PairArgs& args) {
+  if (args.dtype == Dtype::float64) return add_sampled_products<double>(args);
+  add_sampled_products<float>(args);
 }
 
 }  // namespace pyreg::PYREG_ISA

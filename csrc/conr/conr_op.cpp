@@ -12,7 +12,11 @@ namespace pyreg {
 
 namespace {
 
-constexpr int64_t kBlockColumns = 64;  // that have bounds together
+constexpr int64_t kBlockColumns = 64;    // that have bounds together
+constexpr int64_t kUnorderedRows = 512;  // as few are not worth sorting
+constexpr int64_t kLeastSampled = 32;    // features, from which on a product costs more than finding out who needs it
+
+constexpr PairSampling kSampling{cpu::conr_sampled_scores, cpu::conr_sampled_products};
 
 // An exponent carries as many roundings as its distance from the shift is large: rows without far negatives do not pay
 // for those that have them.
@@ -106,11 +110,12 @@ class Problem : public SelfPairs {
     args_.labels = targets_.count();
     args_.label_norm = static_cast<int32_t>(options.label_norm);
     args_.window = options.window;
+    args_.sampling = features.size(1) >= kLeastSampled ? &kSampling : nullptr;
     const bool is_linear = variant_ == ConrVariant::nyud2;
     args_.push_rate = is_linear ? 0 : options.eta;
     args_.push_constant = is_linear ? 0 : 1;
     args_.push_slope = is_linear ? options.eta : 0;
-    set_order(count() > kOnePanelRows ? order_of_labels() : std::vector<int64_t>{});
+    set_order(count() > kUnorderedRows ? order_of_labels() : std::vector<int64_t>{});
     fill_sides([&](PairSide& side, int64_t count, auto source) {
       side.targets = keep(targets_.array(count, source));
       side.preds = keep(preds_.array(count, source));

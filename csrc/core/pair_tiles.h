@@ -5,7 +5,7 @@
 // read or turned into H, and multiplied again while they lie in the second-level cache. With 4096 x 512 floats on two
 // cores the bare products of such panels run at 0.95 of the speed of undivided ones.
 //
-// Bytes beyond inputs and outputs: the rows of length 1, the sum of H z, one panel: O(N D).
+// Bytes beyond inputs and outputs: the rows of length 1, the sum of H z, one panel, or all of kHeldRows: O(N D).
 #pragma once
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/pairs.h"
+#include "core/parallel.h"
 #include "core/products.h"
 #include "core/tensor.h"
 #include "unit_rows/unit_rows.h"
@@ -27,8 +28,8 @@ constexpr int64_t kPanelColumns = 2048;
 constexpr int64_t kMostScores = int64_t{1} << 22;
 constexpr int64_t kLeastPanelRows = 32;
 
-// As many rows as this are one panel: all their scores and their gradient are formed at once.
-constexpr int64_t kOnePanelRows = 512;
+// The scores of as many rows as this, 4 MB of float, are held from the loss to its gradient: no product is made twice.
+constexpr int64_t kHeldRows = 1024;
 
 struct Span {
   int64_t first, count;
@@ -200,31 +201,44 @@ class PairWeights {
 
 // ---- the walk ----
 
-inline bool is_one_panel(int64_t rows, int64_t columns) { return rows <= kOnePanelRows && columns <= kOnePanelRows; }
+inline bool is_held(int64_t rows, int64_t columns) { return rows <= kHeldRows && columns <= kHeldRows; }
+
+enum class Panels {
+  tiles,       // of kPanelRows and kPanelColumns
+  whole_rows,  // of all columns; a single one where the scores can be held
+  held,        // of kPanelRows and all columns, each with memory of its own
+};
 
 struct PanelMemory {
   Tensor scores, workspace;
   int64_t stride;
   int64_t panel_rows, panel_columns;
+  bool holds_all;
+  std::vector<bool> is_sampled;  // of held panels, as multiply_panel has said
 
-  // `has_whole_rows`: panels hold all columns.
-  PanelMemory(const PairArgs& args, int64_t rows, int64_t columns, const Tensor& like, bool has_whole_rows = false)
-      : scores(like), workspace(like) {
-    const bool is_one = is_one_panel(rows, columns);
+  PanelMemory(const PairArgs& args, int64_t rows, int64_t columns, const Tensor& like, Panels panels)
+      : scores(like), workspace(like), holds_all(panels == Panels::held) {
+    const bool is_single = panels == Panels::whole_rows && is_held(rows, columns);
     const int64_t fitting =
-        has_whole_rows ? std::clamp(kMostScores / columns, kLeastPanelRows, kPanelRows) : kPanelRows;
-    panel_rows = is_one ? rows : std::min(rows, fitting);
-    panel_columns = is_one || has_whole_rows ? columns : std::min(columns, kPanelColumns);
+        panels == Panels::whole_rows ? std::clamp(kMostScores / columns, kLeastPanelRows, kPanelRows) : kPanelRows;
+    panel_rows = is_single ? rows : std::min(rows, fitting);
+    panel_columns = panels == Panels::tiles ? std::min(columns, kPanelColumns) : columns;
     stride = (panel_columns + 15) / 16 * 16 + kPairPadding;
-    scores = empty({panel_rows * stride}, accumulate_type(args.dtype), like);
+    scores = empty({(holds_all ? rows : panel_rows) * stride}, accumulate_type(args.dtype), like);
     workspace = empty({pair_workspace_bytes(panel_rows, panel_columns) / 8}, ScalarType::Double, like);
   }
+
+  // Of a panel's first score.
+  int64_t offset(const PairArgs& args) const { return holds_all ? args.first_row * stride + args.first_column : 0; }
 };
 
 // Calls visit() for every panel, with its place in args. `columns_for(rows)` gives the columns, as spans, that may hold
 // pairs of some rows; the others are passed over.
 template <typename ColumnsFor, typename Visit>
-void for_each_panel(PairArgs& args, const PanelMemory& memory, int64_t rows, ColumnsFor&& columns_for, Visit&& visit) {
+void for_each_panel(PairArgs& args, PanelMemory& memory, int64_t rows, ColumnsFor&& columns_for, Visit&& visit) {
+  args.scores_stride = memory.stride;
+  args.workspace = memory.workspace.mutable_data_ptr();
+  char* const scores = static_cast<char*>(memory.scores.mutable_data_ptr());
   for (int64_t first = 0; first < rows; first += memory.panel_rows) {
     args.first_row = first;
     args.rows = std::min(memory.panel_rows, rows - first);
@@ -232,6 +246,7 @@ void for_each_panel(PairArgs& args, const PanelMemory& memory, int64_t rows, Col
       for (int64_t begin = span.first; begin < span.end(); begin += memory.panel_columns) {
         args.first_column = begin;
         args.columns = std::min(memory.panel_columns, span.end() - begin);
+        args.scores = scores + memory.offset(args) * size_of(args.dtype);
         visit();
       }
     }
@@ -247,35 +262,46 @@ inline auto dense_columns(const PairArgs& args, int64_t columns) {
 }
 
 inline Tensor scores_view(const PairArgs& args, const PanelMemory& memory, int64_t from = 0) {
-  return matrix_view(memory.scores, from, {args.rows, args.columns - from}, {memory.stride, 1});
+  return matrix_view(memory.scores, memory.offset(args) + from, {args.rows, args.columns - from}, {memory.stride, 1});
 }
 
-inline void multiply_panel(const PairArgs& args, const PanelMemory& memory, const UnitRows& rows,
-                           const UnitRows& columns) {
+// Makes a panel's scores; whether those of related pairs only.
+inline bool multiply_panel(PairArgs& args, const PanelMemory& memory, const UnitRows& rows, const UnitRows& columns) {
+  if (args.sampling != nullptr) {
+    bool is_sampled = false;
+    args.features = {
+        rows.rows.const_data_ptr(), columns.rows.const_data_ptr(), rows.rows.size(1), nullptr, nullptr, &is_sampled};
+    args.sampling->scores(args);
+    if (is_sampled) return true;
+  }
   multiply(scores_view(args, memory), rows_of(rows.rows, {args.first_row, args.rows}),
            transposed_rows_of(columns.rows, {args.first_column, args.columns}));
-}
-
-inline void set_memory(PairArgs& args, PanelMemory& memory) {
-  args.scores = memory.scores.mutable_data_ptr();
-  args.scores_stride = memory.stride;
-  args.workspace = memory.workspace.mutable_data_ptr();
+  return false;
 }
 
 template <typename Kernel, typename ColumnsFor>
 void pair_statistics(PairArgs& args, PanelMemory& memory, const UnitRows& rows, const UnitRows& columns,
                      Kernel&& kernel, ColumnsFor&& columns_for) {
-  set_memory(args, memory);
   for_each_panel(args, memory, rows.count(), columns_for, [&] {
-    multiply_panel(args, memory, rows, columns);
+    const bool is_sampled = multiply_panel(args, memory, rows, columns);
+    if (memory.holds_all) memory.is_sampled.push_back(is_sampled);
     kernel(args);
   });
 }
 
 // Adds H z to the totals of the rows and of the columns; null where not needed. Where is_upper both are the same
-// tensor.
-inline void add_gradient_of_panel(const PairArgs& args, const PanelMemory& memory, const UnitRows& rows,
-                                  const UnitRows& columns, const Tensor* row_total, const Tensor* column_total) {
+// tensor. `is_sampled`: as multiply_panel has said.
+inline void add_gradient_of_panel(PairArgs& args, const PanelMemory& memory, const UnitRows& rows,
+                                  const UnitRows& columns, const Tensor* row_total, const Tensor* column_total,
+                                  bool is_sampled) {
+  if (is_sampled) {
+    const auto data = [](const Tensor* total) { return total == nullptr ? nullptr : total->mutable_data_ptr(); };
+    args.features = {rows.rows.const_data_ptr(), columns.rows.const_data_ptr(),
+                     rows.rows.size(1),          data(row_total),
+                     data(column_total),         nullptr};
+    args.sampling->products(args);
+    return;
+  }
   const Span row_span{args.first_row, args.rows}, column_span{args.first_column, args.columns};
   if (row_total != nullptr) {
     add_product(rows_of(*row_total, row_span), scores_view(args, memory), rows_of(columns.rows, column_span));
@@ -284,19 +310,44 @@ inline void add_gradient_of_panel(const PairArgs& args, const PanelMemory& memor
   const int64_t from = args.is_upper && args.first_column == args.first_row ? std::min(args.rows, args.columns) : 0;
   if (column_total == nullptr || from == args.columns) return;
   const Span rest{args.first_column + from, args.columns - from};
-  const Tensor transposed = matrix_view(memory.scores, from, {rest.count, args.rows}, {1, memory.stride});
+  const Tensor transposed =
+      matrix_view(memory.scores, memory.offset(args) + from, {rest.count, args.rows}, {1, memory.stride});
   add_product(rows_of(*column_total, rest), transposed, rows_of(rows.rows, row_span));
 }
 
 template <typename Kernel, typename ColumnsFor>
 void pair_gradient(PairArgs& args, PanelMemory& memory, const UnitRows& rows, const UnitRows& columns,
                    const Tensor* row_total, const Tensor* column_total, Kernel&& kernel, ColumnsFor&& columns_for) {
-  set_memory(args, memory);
   for_each_panel(args, memory, rows.count(), columns_for, [&] {
-    multiply_panel(args, memory, rows, columns);
+    const bool is_sampled = multiply_panel(args, memory, rows, columns);
     kernel(args);
-    add_gradient_of_panel(args, memory, rows, columns, row_total, column_total);
+    add_gradient_of_panel(args, memory, rows, columns, row_total, column_total, is_sampled);
   });
+}
+
+template <typename A>
+void mirror_panels(A* scores, const PanelMemory& memory, int64_t count) {
+  constexpr int64_t kSide = 16;  // of squares that are transposed within the first-level cache
+  parallel_for((count + kSide - 1) / kSide, 2 * kElementsPerTask / (kSide * count) + 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t first = begin * kSide; first < std::min(end * kSide, count); first += kSide) {
+                   const int64_t mirrored = first / memory.panel_rows * memory.panel_rows;
+                   for (int64_t i0 = 0; i0 < mirrored; i0 += kSide) {
+                     for (int64_t j = first; j < std::min(first + kSide, count); ++j) {
+                       for (int64_t i = i0; i < i0 + kSide; ++i)
+                         scores[j * memory.stride + i] = scores[i * memory.stride + j];
+                     }
+                   }
+                 }
+               });
+}
+
+// What panels on and above the diagonal hold, below it.
+inline void mirror_panels(const PairArgs& args, PanelMemory& memory, int64_t count) {
+  static_assert(kPanelRows % 16 == 0);
+  void* const scores = memory.scores.mutable_data_ptr();
+  if (args.dtype == Dtype::float64) return mirror_panels(static_cast<double*>(scores), memory, count);
+  mirror_panels(static_cast<float*>(scores), memory, count);
 }
 
 // ---- results ----

@@ -10,7 +10,9 @@
 //
 // The scores are made a tile at a time by torch's matrix product, read by the statistics pass, made again in the
 // backward, and turned in their place into H, which two more products take. Where rows and columns are the same, only
-// the tiles on and above the diagonal are made: one exponential serves both of a pair's rows, H its both gradients.
+// the tiles on and above the diagonal are made: one exponential serves both of a pair's rows, H its both gradients. Of
+// few rows the scores are held and made once. Where few of a tile's pairs mean anything, they take a dot product each
+// instead of the tile's product (pair_samples.h).
 //
 // Two ways to keep exp in range. Bounded: every exponent lies within kBoundedRange of the same `shift`, so that no sum
 // underflows. Otherwise each row and column has a running maximum and takes an exponential of its own.
@@ -28,6 +30,9 @@ constexpr double kBoundedRange = 60;
 
 // Arrays are read a whole vector at a time: this many elements beyond the last column belong to them.
 constexpr int64_t kPairPadding = 16;
+
+// From one pair in so many that mean anything on, scores and H z are made pair by pair (core/pair_samples.h).
+constexpr int64_t kPairsPerSample = 8;
 
 // Sums over the pairs of each row (or column), in units of exp(maximum), or of exp(shift) where bounded.
 struct PairSums {
@@ -52,6 +57,24 @@ struct PairSide {
   const void* positive_weight;  // [n] A: u beta / tau
 };
 
+// Of all rows and columns; the scores' type, [.., width].
+struct PairFeatures {
+  const void* rows;
+  const void* columns;
+  int64_t width;
+  void* row_totals;     // gain H z
+  void* column_totals;  // null where not needed; the rows' where rows and columns are the same
+  bool* is_sampled;     // receives whether the scores have been made
+};
+
+struct PairArgs;
+
+// Kernels that take a tile pair by pair: one makes the scores where few of them mean anything, one adds H z.
+struct PairSampling {
+  void (*scores)(const PairArgs&);
+  void (*products)(const PairArgs&);
+};
+
 struct PairArgs {
   Dtype dtype;   // float64 or float32, of the scores
   void* scores;  // [rows, columns], raw products; the gradient pass overwrites them with H
@@ -64,7 +87,9 @@ struct PairArgs {
   double shift;
   PairSide row, column;
   PairSums row_sums, column_sums;
-  void* workspace;  // pair_workspace_bytes
+  void* workspace;               // pair_workspace_bytes
+  const PairSampling* sampling;  // null where all pairs mean something
+  PairFeatures features;         // for its kernels
 
   // ConR
   Dtype label_dtype;

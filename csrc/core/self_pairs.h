@@ -114,6 +114,33 @@ inline void set_weights(PairArgs& args, const std::array<PairWeights, 2>& weight
   weights[args.is_upper ? 1 : 0].set(args.row);
 }
 
+// H z from the scores of all panels on and above the diagonal.
+template <typename Problem>
+Tensor gradient_of_held(Problem& problem, PanelMemory& memory, const UnitRows& columns) {
+  PairArgs& args = problem.args();
+  const auto columns_for = [&](Span span) { return problem.columns_for(span); };
+  const int64_t count = columns.count();
+  int64_t missing = count * count;  // pairs, each way, of which no product has been made
+  size_t panel = 0;
+  for_each_panel(args, memory, count, columns_for, [&] {
+    Problem::gradient_kernel(args);
+    const int64_t square = args.first_column == args.first_row ? args.rows : 0;
+    if (!memory.is_sampled[panel++]) missing -= args.rows * (square + 2 * (args.columns - square));
+  });
+  if (missing == 0) {
+    Tensor total = empty({count, columns.rows.size(1)}, columns.rows.scalar_type(), columns.rows);
+    mirror_panels(args, memory, count);
+    multiply(total, matrix_view(memory.scores, 0, {count, count}, {memory.stride, 1}), columns.rows);
+    return total;
+  }
+  Tensor total = zeros_like_rows(columns);
+  panel = 0;
+  for_each_panel(args, memory, count, columns_for, [&] {
+    add_gradient_of_panel(args, memory, columns, columns, &total, &total, memory.is_sampled[panel++]);
+  });
+  return total;
+}
+
 // (loss, statistics [3, row_count], gradient of the reduced loss or [0])
 template <typename Problem>
 std::tuple<Tensor, Tensor, Tensor> self_pairs_forward(Problem& problem, int64_t reduction_code, ScalarType loss_type,
@@ -122,8 +149,8 @@ std::tuple<Tensor, Tensor, Tensor> self_pairs_forward(Problem& problem, int64_t 
   PairArgs& args = problem.args();
   const int64_t row_count = problem.row_count(), first_row = problem.first_row();
   const bool is_mean = reduction == Reduction::mean;
-  PYREG_REQUIRE(!with_gradient || (args.is_upper && problem.count() <= kOnePanelRows && reduction != Reduction::none),
-                problem.name(), "expected with_gradient for at most ", kOnePanelRows, " rows and a reduced loss only");
+  PYREG_REQUIRE(!with_gradient || (args.is_upper && problem.count() <= kHeldRows && reduction != Reduction::none),
+                problem.name(), "expected with_gradient for at most ", kHeldRows, " rows and a reduced loss only");
   const ScalarType type = accumulate_type(problem.dtype());
   const Dtype dtype = accumulate(problem.dtype());
   Tensor gradient = with_gradient ? empty({problem.count(), problem.features().size(1)}, type, problem.features())
@@ -136,21 +163,17 @@ std::tuple<Tensor, Tensor, Tensor> self_pairs_forward(Problem& problem, int64_t 
     args.has_columns = args.is_upper;
     const UnitRows columns = problem.unit_columns();
     const std::optional<UnitRows> own_rows = args.is_upper ? std::nullopt : std::optional(problem.unit_rows());
-    PanelMemory memory(args, row_count, problem.count(), columns.rows);
+    PanelMemory memory(args, row_count, problem.count(), columns.rows, with_gradient ? Panels::held : Panels::tiles);
     pair_statistics(args, memory, own_rows ? *own_rows : columns, columns, Problem::statistics_kernel,
                     [&](Span span) { return problem.columns_for(span); });
     for (int64_t i = 0; i < row_count; ++i) rows[problem.row_source(i) - first_row] = problem.row(args.row_sums, i);
     if (is_mean) divisor = problem.divisor(rows);
     if (with_gradient) {
-      // The one panel's scores are still there.
       const auto weights = self_pair_weights(
           problem, [&](int64_t field, int64_t i) { return rows[i].statistic(field); },
           [&](int64_t) { return 1 / divisor; });
       set_weights(args, weights);
-      Problem::gradient_kernel(args);
-      const Tensor total = zeros_like_rows(columns);
-      add_gradient_of_panel(args, memory, columns, columns, &total, &total);
-      columns.backward(total, dtype, 0, gradient);
+      columns.backward(gradient_of_held(problem, memory, columns), dtype, 0, gradient);
     }
   } else if (is_mean) {
     divisor = problem.divisor(rows);
@@ -183,7 +206,7 @@ Tensor self_pairs_backward(Problem& problem, const Tensor& grad_rows, const Tens
   const UnitRows columns = problem.unit_columns();
   const std::optional<UnitRows> own_rows = args.is_upper ? std::nullopt : std::optional(problem.unit_rows());
   const UnitRows& rows = own_rows ? *own_rows : columns;
-  PanelMemory memory(args, row_count, count, columns.rows);
+  PanelMemory memory(args, row_count, count, columns.rows, Panels::tiles);
   const Tensor total = zeros_like_rows(rows);
   pair_gradient(args, memory, rows, columns, &total, args.is_upper ? &total : nullptr, Problem::gradient_kernel,
                 [&](Span span) { return problem.columns_for(span); });

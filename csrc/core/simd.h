@@ -245,6 +245,28 @@ PYREG_HOST_DEVICE bool any_lane(const Mask& mask) {
 #endif
 }
 
+// A bit for each lane in which a comparison of A holds.
+template <typename A>
+PYREG_HOST_DEVICE uint32_t lane_bits(LaneIndex<A> mask) {
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(A) == sizeof(float)) {
+    return _mm512_movepi32_mask(bit_cast<__m512i>(mask));
+  } else {
+    return _mm512_movepi64_mask(bit_cast<__m512i>(mask));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == sizeof(float)) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(mask)));
+  } else {
+    return static_cast<uint32_t>(_mm256_movemask_pd(bit_cast<__m256d>(mask)));
+  }
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes<A>; ++lane) bits |= static_cast<uint32_t>(mask[lane] != 0) << lane;
+  return bits;
+#endif
+}
+
 // ---- reductions: a tree over the lanes, the same order everywhere ----
 
 template <typename V>

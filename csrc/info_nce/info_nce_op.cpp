@@ -145,7 +145,8 @@ void run_forward(Problem& problem, Rows& rows, Rows& columns, const UnitRows& un
   PairSumsMemory row_sums(problem.row_count()), column_sums(problem.column_count());
   args.row_sums = row_sums.pointers();
   args.column_sums = column_sums.pointers();
-  PanelMemory memory(args, unit_rows.count(), unit_columns.count(), unit_rows.rows, gradients != nullptr);
+  PanelMemory memory(args, unit_rows.count(), unit_columns.count(), unit_rows.rows,
+                     gradients != nullptr ? Panels::whole_rows : Panels::tiles);
   PairWeights row_weights(args.dtype, unit_rows.count()), column_weights(args.dtype, unit_columns.count());
   row_weights.set(args.row);
   column_weights.set(args.column);
@@ -154,7 +155,6 @@ void run_forward(Problem& problem, Rows& rows, Rows& columns, const UnitRows& un
         args, span, [&](int64_t field, int64_t i) { return known[i].statistic(field); },
         [&](int64_t) { return upstream; });
   };
-  set_memory(args, memory);
   for_each_panel(args, memory, unit_rows.count(), problem.all_columns(), [&] {
     multiply_panel(args, memory, unit_rows, unit_columns);
     cpu::info_nce_statistics(args);
@@ -167,7 +167,8 @@ void run_forward(Problem& problem, Rows& rows, Rows& columns, const UnitRows& un
       fill(column_weights, columns, {0, unit_columns.count()});
     }
     cpu::info_nce_gradient(args);
-    add_gradient_of_panel(args, memory, unit_rows, unit_columns, gradients->row_total(), gradients->column_total());
+    add_gradient_of_panel(args, memory, unit_rows, unit_columns, gradients->row_total(), gradients->column_total(),
+                          false);
   });
   for (size_t i = 0; i < rows.size(); ++i) rows[i] = problem.row(args.row_sums, static_cast<int64_t>(i));
   for (size_t j = 0; j < columns.size(); ++j) columns[j] = problem.row(args.column_sums, static_cast<int64_t>(j));
@@ -191,9 +192,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(Tensor query, Tensor
   PYREG_REQUIRE(!is_symmetric || (query.size(0) == key.size(0) && offset == 0), kName,
                 "expected as many queries as keys and offset 0 for both directions");
   PYREG_REQUIRE(
-      !has_gradient || (reduction != Reduction::none && (!is_symmetric || is_one_panel(query.size(0), key.size(0)))),
-      kName, "expected with_gradient for a reduced loss of one direction, or of at most ", kOnePanelRows,
-      " rows, only");
+      !has_gradient || (reduction != Reduction::none && (!is_symmetric || is_held(query.size(0), key.size(0)))), kName,
+      "expected with_gradient for a reduced loss of one direction, or of at most ", kHeldRows, " rows, only");
   const ScalarType type = accumulate_type(problem.dtype());
   Tensor grad_query = empty_gradient(query, with_gradient[0], type);
   Tensor grad_key = empty_gradient(key, with_gradient[1], type);
@@ -265,7 +265,7 @@ std::tuple<Tensor, Tensor> info_nce_backward(Tensor grad_queries, Tensor grad_ke
     column_weights->set(args.column);
   }
   const UnitRows rows = problem.unit_rows(), columns = problem.unit_columns();
-  PanelMemory memory(args, rows.count(), columns.count(), rows.rows);
+  PanelMemory memory(args, rows.count(), columns.count(), rows.rows, Panels::tiles);
   const Gradients gradients(rows, columns, needs_grad[by_query ? 0 : 1], needs_grad[by_query ? 1 : 0]);
   pair_gradient(args, memory, rows, columns, gradients.row_total(), gradients.column_total(), cpu::info_nce_gradient,
                 problem.all_columns());

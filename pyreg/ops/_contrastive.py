@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,8 +21,8 @@ Tensors = tuple[Tensor | None, ...]
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-# One tile of rows, whose gradient is formed with the loss: a second pass over so few would be mostly overhead.
-ONE_TILE_ROWS = 512
+# Rows whose scores are held from the loss to its gradient, which is formed with it.
+HELD_ROWS = 1024
 
 # For row_count: a number that tracing need not know.
 ALL_ROWS = -1
@@ -114,21 +112,14 @@ def on_cuda(name: str, row_count: int | None = None) -> Callable[..., Any]:
         first, arguments = args[0], list(args)
         if row_count is not None and arguments[row_count] == ALL_ROWS:
             arguments[row_count] = first.shape[0]
-        return getattr(_kernels(first), name)(*arguments)
+        return getattr(_kernels(), name)(*arguments)
 
     return operation
 
 
-def _kernels(tensor: Tensor) -> ModuleType:
-    """Where CUDA's operators come from: Triton's kernels, or torch's own operators in float64 and without Triton."""
-    if tensor.dtype != torch.float64 and _has_triton_kernels():
-        return importlib.import_module("pyreg.triton_kernels.contrastive")
-    return _pairs
-
-
-@functools.cache
-def _has_triton_kernels() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("triton", "pyreg.triton_kernels.contrastive"))
+def _kernels() -> ModuleType:
+    """Where CUDA's operators come from: Triton's kernels, or torch's own operators without Triton."""
+    return importlib.import_module("pyreg.triton_kernels.contrastive") if _library.has_triton() else _pairs
 
 
 # ---- a loss of features against themselves ----
@@ -167,8 +158,8 @@ class SymmetricLoss:
         self._differentiable = _library.differentiable(name, setup_context=self._setup, backward=self._backward)
 
     def __call__(self, features: Tensor, others: Tensors, numbers: tuple[Any, ...], reduction: int) -> Tensor:
-        needs_grad, is_one_tile = features.requires_grad and torch.is_grad_enabled(), features.shape[0] <= ONE_TILE_ROWS
-        with_gradient = needs_grad and is_one_tile and reduction != 0
+        needs_grad = features.requires_grad and torch.is_grad_enabled()
+        with_gradient = needs_grad and features.shape[0] <= HELD_ROWS and reduction != 0
         options = (reduction, loss_dtype(features), 0, ALL_ROWS, with_gradient)
         return self._differentiable(features, *others, *numbers, *options)[0]  # type: ignore[no-any-return]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -119,6 +121,12 @@ def count_versions(name: str, argument: int) -> None:
             changing.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)  # type: ignore[attr-defined]
 
     _rules.impl(name, kernel, "ADInplaceOrView", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether ``triton_kernels`` can be had, for CUDA tensors; it is imported when one comes."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def differentiable(

@@ -12,7 +12,7 @@ Multipliers ``a`` are kept as logarithms, -inf where a pair does not count, and 
 exponent: nothing overflows, and no sum of exponentials underflows to 0. The statistics ``[3, N]`` that the gradient
 takes are lse, alpha and beta. Sums are in float32, in float64 for float64.
 
-They serve where the kernels do not: float64 on CUDA, and CUDA without Triton.
+They serve where the kernels do not: CUDA without Triton.
 """
 
 from __future__ import annotations

@@ -8,9 +8,7 @@ half inside the product. Definition: :mod:`pyreg.reference.linear_stablemax`.
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -265,12 +263,7 @@ class _Problem(NamedTuple):
 
 
 def _has_tiles(input: Tensor) -> bool:
-    return input.is_cuda and _is_triton_there()
-
-
-@functools.cache
-def _is_triton_there() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return input.is_cuda and _library.has_triton()
 
 
 class _Gradients:

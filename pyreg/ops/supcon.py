@@ -1,7 +1,7 @@
 """Supervised contrastive loss: the public function, and how torch traces, differentiates and batches it.
 
-Kernels: ``csrc/supcon``; on CUDA, torch's own operators (``pyreg/ops/_pairs.py``). Definition:
-:mod:`pyreg.reference.supcon`.
+Kernels: ``csrc/supcon`` and, on CUDA, ``triton_kernels/contrastive.py``, or torch's own operators where Triton is not
+there (``pyreg/ops/_pairs.py``). Definition: :mod:`pyreg.reference.supcon`.
 """
 
 from __future__ import annotations
