@@ -14,7 +14,7 @@ CXX := c++
 endif
 TORCH_VERSION := 2.13.0
 ARGS ?=
-EXAMPLE ?= grokking compander
+EXAMPLE ?= grokking compander imbalanced_regression
 
 python := .venv/bin/python
 pip := $(python) -m pip --disable-pip-version-check
@@ -74,7 +74,7 @@ test: .venv/pyreg ## every test: CPU kernels, then Triton kernels interpreted an
 	$(python) -m pytest tests --backend=triton_on_cpu $(ARGS) $(maybe_none)
 	$(python) tests/cuda_on_cpu/run_sanitized.py tests --backend=cuda_on_cpu $(ARGS) $(maybe_none)
 
-demo: .venv/pyreg ## run the examples with the fused operators; EXAMPLE=grokking or compander for one
+demo: .venv/pyreg ## run the examples with the fused operators; EXAMPLE=compander for one of them
 	for example in $(EXAMPLE); do $(python) examples/$$example.py $(ARGS); done
 
 bench: .venv/pyreg ## time every operator beside its rivals and its floor; ARGS=--quick

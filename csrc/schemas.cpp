@@ -55,7 +55,8 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "int kind) -> ()");
 
   // ConR: csrc/conr, pyreg/ops/conr.py. `statistics` [3, rows] of this family holds what the gradient takes of each
-  // row: the log of its denominator and the weights of its two terms (csrc/core/pairs.h).
+  // row: the log of its denominator and the weights of its two terms (csrc/core/pairs.h). A row_count of -1 is all
+  // rows: a number in a schema would be compiled in, and be compiled anew for every other.
   library.def(
       "conr(Tensor features, Tensor targets, Tensor preds, Tensor? weights, float window, float temperature, float "
       "eta, int variant, int label_norm, int reduction, ScalarType loss_dtype, int first_row, int row_count, bool "

@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: too big for emulated and interpreted kernels, and deselected with them")
     config.addinivalue_line("markers", "cpu_only: about the CPU kernels alone")
+    config.addinivalue_line("markers", "not_emulated: of operators without CUDA C++ kernels: on the CPU and on a GPU")
     if config.getoption("--backend") == "triton_on_cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 
@@ -43,6 +44,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     kinds = {"device": ("cpu", "cuda", "cuda_on_cpu"), "triton_device": ("cuda", "triton_on_cpu")}
     only_cpu = metafunc.definition.get_closest_marker("cpu_only")
     chosen = ["cpu"] if only_cpu else _backends(metafunc.config)
+    if metafunc.definition.get_closest_marker("not_emulated"):
+        chosen = [name for name in chosen if name != "cuda_on_cpu"]
     for fixture, kind in kinds.items():
         backends = [name for name in chosen if name in kind]
         if fixture in metafunc.fixturenames and backends:

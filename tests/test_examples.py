@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib import image
 from rich.console import Console
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_diabetes, load_digits
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -32,6 +32,11 @@ def grokking() -> ModuleType:
 @pytest.fixture(scope="module")
 def compander() -> ModuleType:
     return load("compander")
+
+
+@pytest.fixture(scope="module")
+def regression() -> ModuleType:
+    return load("imbalanced_regression")
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +182,108 @@ class TestCompander:
         with pytest.raises(SystemExit):
             compander.main(arguments)
         assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("imbalanced_regression") / "plot.png"
+
+
+@pytest.fixture(scope="module")
+def compared(regression, picture) -> dict:
+    return regression.main(["--quick", "--output", str(picture)])
+
+
+class TestImbalancedRegression:
+    @pytest.mark.parametrize(("name", "sizes"), [("diabetes", (209, 68, 68)), ("digits", (898, 299, 600))])
+    def test_training_labels_are_imbalanced_and_the_others_balanced(self, regression, name, sizes) -> None:
+        task = regression.TASKS[name]
+        data = task.data(seed=0, device="cpu")
+        parts = (data.train, data.validation, data.test)
+        assert tuple(len(part.y) for part in parts) == sizes
+        train, validation, test = (task.bins(part.y).bincount(minlength=20) for part in parts)
+        assert train.max() >= 2.5 * train.float().mean()
+        assert (train < train.sum() / 80).sum() >= 4  # few-shot bins
+        for held_out in (validation, test):
+            assert held_out.max() <= 2 * held_out.float().mean()
+        assert not torch.equal(task.data(seed=1, device="cpu").train.y, data.train.y)
+
+    def test_no_patient_is_in_two_parts(self, regression) -> None:
+        data = regression.TASKS["diabetes"].data(seed=0, device="cpu")
+        source = load_diabetes()
+        known = set(map(tuple, torch.tensor(source.data / source.data.std(0, ddof=1)).round(decimals=4).tolist()))
+        seen = [tuple(row) for part in vars(data).values() for row in part.x.double().round(decimals=4).tolist()]
+        assert len(seen) == len(set(seen)) == 209 + 2 * 68
+        assert set(seen) <= known
+
+    def test_digits_are_turned_by_their_label(self, regression) -> None:
+        images = torch.zeros(3, 1, 8, 8)
+        images[:, 0, 2:6, 6:] = 1
+        images[:, 0, 3:5, :2] = 0.5
+        turned = regression.rotated(images, torch.tensor([0.0, 90.0, 180.0]))
+        for times, one in enumerate(turned[:, 0]):
+            torch.testing.assert_close(one, images[0, 0].rot90(times), atol=1e-5, rtol=0)
+
+    def test_every_method_runs_every_seed_and_task(self, compared) -> None:
+        assert list(compared) == ["diabetes", "digits"]
+        for name, methods in compared.items():
+            assert [method.name for method in methods] == ["without", "with ConR"]
+            assert methods[0].conr is None
+            for without, conr in zip(*(method.runs for method in methods), strict=True):
+                assert torch.equal(without.labels, conr.labels)
+                assert (without.labels.diff() >= 0).all()
+                assert not torch.equal(without.errors, conr.errors)
+                assert conr.similarity().shape == (len(conr.labels),) * 2
+                assert conr.error() < {"diabetes": 100, "digits": 30}[name]  # before training: 107 and 33
+            assert len(methods[0].runs) == len(methods[1].runs) == 2
+
+    def test_errors_by_kind(self, regression) -> None:
+        errors = torch.tensor([1.0, 4.0, 16.0, 2.0])
+        run = regression.Run(
+            validation_error=0.0,
+            labels=torch.tensor([0.0, 2.5, 7.5, 100.0]),
+            errors=errors,
+            features=torch.ones(4, 64),
+            density=torch.ones(20, dtype=torch.int64),
+            shots=torch.tensor([0, 1, 1, 2]),
+        )
+        assert [run.error(shot) for shot in (None, "many", "medium", "few")] == [5.75, 1.0, 10.0, 2.0]
+        assert run.geometric_mean_error() == pytest.approx(128 ** (1 / 4), rel=1e-6)
+        of_bins = regression.bin_errors(regression.TASKS["digits"], run)
+        assert of_bins[[0, 1, 19]].tolist() == [2.5, 16.0, 2.0]
+        assert of_bins[2:19].isnan().all()
+
+    def test_kinds_count_training_samples_of_like_labels(self, regression, compared) -> None:
+        run = compared["digits"][0].runs[0]
+        assert run.density.sum() == 898
+        counts = run.density[regression.TASKS["digits"].bins(run.labels)]
+        average = 898 / 20
+        assert counts[run.shots == 0].min() > average
+        assert average >= counts[run.shots == 1].max()
+        assert counts[run.shots == 1].min() >= average / 4 > counts[run.shots == 2].max()
+
+    def test_grid_takes_the_least_error_on_validation_samples(self, regression, monkeypatch) -> None:
+        grid = [regression.ConR(window, 0.1, weight) for window in (0.05, 0.1, 0.2) for weight in (1.0, 2.0)]
+
+        class Trained:
+            def __init__(self, conr) -> None:
+                self.validation_error = abs(conr.window - 0.1) + conr.weight
+
+        monkeypatch.setattr(regression, "train", lambda task, conr, *rest: Trained(conr))
+        task = regression.TASKS["digits"]
+        best = regression.search(task, 1, 2, "cpu", grid, Console())
+        assert best == (0.1, 0.1, 1.0)
+        assert regression.describe(task, best) == "window 10, temperature 0.1, weight 1"
+
+    def test_plot_shows_both_methods(self, compared, picture) -> None:
+        pixels = image.imread(picture)[..., :3]
+        assert pixels.shape[:2] == (1008, 1560)
+        for method in compared["digits"]:
+            rgb = [int(method.color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+            assert (abs(pixels - rgb).max(axis=-1) < 0.01).sum() > 100
+
+    @pytest.mark.parametrize("name", ["epochs", "seeds"])
+    def test_arguments_are_checked(self, regression, capsys, name) -> None:
+        with pytest.raises(SystemExit):
+            regression.main([f"--{name}", "0"])
+        assert f"--{name} should be at least 1, got 0" in capsys.readouterr().err

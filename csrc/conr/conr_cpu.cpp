@@ -134,12 +134,15 @@ struct ConrPairs {
     const Vector<A> push = push_constant + push_slope * d.value;
     const Vector<A> one = broadcast(A(1));
     const Vector<A> column_weight = load(static_cast<const A*>(args_.column.weights) + j);
-    return {positive | negative,
-            positive,
-            exponent,
-            exponent,
-            negative ? row.weight * push : one,
-            negative ? column_weight * push : one};
+    const Vector<A> row_factor = negative ? row.weight * push : one;
+    const Vector<A> column_factor = negative ? column_weight * push : one;
+    return {positive | negative, positive,     exponent_of(exponent, row_factor), exponent_of(exponent, column_factor),
+            row_factor,          column_factor};
+  }
+
+  // A term of factor 0 must not be the largest, beside which the others may vanish.
+  Vector<A> exponent_of(Vector<A> exponent, Vector<A> factor) const {
+    return args_.is_bounded ? exponent : factor == 0 ? minus_infinity<A>() : exponent;
   }
 
   Labels targets, preds;

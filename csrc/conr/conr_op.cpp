@@ -14,6 +14,10 @@ namespace {
 
 constexpr int64_t kBlockColumns = 64;  // that have bounds together
 
+// An exponent carries as many roundings as its distance from the shift is large: rows without far negatives do not pay
+// for those that have them.
+constexpr double kBoundedPush = 8;
+
 // Of consecutive rows, for each of K labels.
 struct Bounds {
   std::vector<double> low, high;
@@ -130,8 +134,10 @@ class Problem : public SelfPairs {
     const Bounds target = targets_.bounds(rows, source), pred = preds_.bounds(rows, source);
     std::vector<Span> spans;
     for (int64_t block = begin / kBlockColumns; block * kBlockColumns < count(); ++block) {
-      const bool is_empty =
-          targets_.gap(target, target_blocks_[block]) > reach_ && preds_.gap(pred, pred_blocks_[block]) > reach_;
+      // A panel starts with its square on the diagonal, even if all of its labels are NaN.
+      const bool is_diagonal = args_.is_upper && block * kBlockColumns < rows.end();
+      const bool is_empty = !is_diagonal && targets_.gap(target, target_blocks_[block]) > reach_ &&
+                            preds_.gap(pred, pred_blocks_[block]) > reach_;
       if (is_empty) continue;
       const int64_t first = std::max(begin, block * kBlockColumns);
       const int64_t end = std::min(count(), (block + 1) * kBlockColumns);
@@ -189,8 +195,8 @@ class Problem : public SelfPairs {
   void choose_shift() {
     const Bounds all = targets_.bounds({0, count()}, [](int64_t i) { return i; });
     const double push = count() > 0 ? args_.push_rate * targets_.width(all) : 0;
-    args_.shift = args_.scale + std::fmax(push, 0);
-    args_.is_bounded = 2 * args_.scale + std::abs(push) <= kBoundedRange;
+    set_shift(args_, args_.scale + std::fmax(push, 0));
+    args_.is_bounded = 2 * args_.scale + std::abs(push) <= kBoundedRange && std::abs(push) <= kBoundedPush;
   }
 
   std::optional<Numbers> weights_;

@@ -87,8 +87,8 @@ class Tile {
   ColumnSums<A> column_sums(int64_t block) const {
     return {static_cast<A*>(args_.workspace) + block * kPairFields * width_, width_};
   }
-  // The columns' maxima once the whole tile is known.
-  A* column_maxima() const { return column_sums(blocks()).data; }
+  // What columns subtract from exponents, once the whole tile's maxima are known.
+  A* column_shifts() const { return column_sums(blocks()).data; }
 
   // The first of the tile's columns that pairs with a row of it.
   int64_t begin(int64_t row) const {
@@ -141,6 +141,12 @@ PYREG_HOST_DEVICE Vector<A> minus_infinity() {
 
 // ---- statistics ----
 
+// What a row or column subtracts from its exponents; 0 while none of them is above -infinity.
+template <typename A>
+A shift_of(double maximum) {
+  return static_cast<A>(maximum == -INFINITY ? 0 : maximum);
+}
+
 // Raises the running maxima of the rows and columns to those of the tile, and scales their sums to the new ones.
 template <typename Pairs, bool kColumns>
 void raise_maxima(const PairArgs& args, const Pairs& pairs, const Tile<typename Pairs::A>& tile) {
@@ -176,12 +182,12 @@ void raise_maxima(const PairArgs& args, const Pairs& pairs, const Tile<typename 
         [&](int64_t i) { raise(args.row_sums, args.first_row + i, largest_lane<A>(row_maximum)); });
   });
   if constexpr (kColumns) {
-    A* const maxima = tile.column_maxima();
+    A* const shifts = tile.column_shifts();
     for (int64_t j = 0; j < args.columns; ++j) {
       for (int64_t block = 0; block < tile.blocks(); ++block) {
         raise(args.column_sums, args.first_column + j, tile.column_sums(block).maximum()[j]);
       }
-      maxima[j] = static_cast<A>(args.column_sums.maximum[args.first_column + j]);
+      shifts[j] = shift_of<A>(args.column_sums.maximum[args.first_column + j]);
     }
   }
 }
@@ -209,7 +215,7 @@ void statistics_of_block(const PairArgs& args, const Pairs& pairs, const Tile<ty
       [&](int64_t i) {
         row = pairs.row(args.first_row + i);
         sums = {};
-        if constexpr (!kBounded) row_shift = broadcast(static_cast<A>(args.row_sums.maximum[args.first_row + i]));
+        if constexpr (!kBounded) row_shift = broadcast(shift_of<A>(args.row_sums.maximum[args.first_row + i]));
       },
       [&](int64_t i, int64_t j, Mask<A> valid) {
         const PairTerms<A> terms = pairs.terms(row, args.first_column + j, valid);
@@ -223,7 +229,7 @@ void statistics_of_block(const PairArgs& args, const Pairs& pairs, const Tile<ty
         if constexpr (kColumns) {
           Vector<A> e_of_column = e;
           if constexpr (!kBounded) {
-            const Vector<A> column_shift = load(tile.column_maxima() + j);
+            const Vector<A> column_shift = load(tile.column_shifts() + j);
             e_of_column = keep<A>(terms.active, exponential(s + terms.column_exponent - column_shift));
           }
           store(columns.sum() + j, load(columns.sum() + j) + e_of_column * terms.column_factor);

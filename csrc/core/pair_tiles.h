@@ -64,6 +64,11 @@ inline void add_product(const Tensor& total, const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(total.get(), total.get(), a.get(), b.get(), 1, 1));
 }
 
+// The shift as the kernels subtract it: what is added to the logarithm is the same number.
+inline void set_shift(PairArgs& args, double shift) {
+  args.shift = args.dtype == Dtype::float64 ? shift : static_cast<double>(static_cast<float>(shift));
+}
+
 // ---- rows of length 1 ----
 
 struct UnitRows {
@@ -222,7 +227,8 @@ struct PanelMemory {
   PanelMemory(const PairArgs& args, int64_t rows, int64_t columns, const Tensor& like, bool has_whole_rows = false)
       : scores(like), workspace(like) {
     const bool is_one = is_one_panel(rows, columns);
-    const int64_t fitting = has_whole_rows ? std::clamp(kMostScores / columns, kLeastPanelRows, kPanelRows) : kPanelRows;
+    const int64_t fitting =
+        has_whole_rows ? std::clamp(kMostScores / columns, kLeastPanelRows, kPanelRows) : kPanelRows;
     panel_rows = is_one ? rows : std::min(rows, fitting);
     panel_columns = is_one || has_whole_rows ? columns : std::min(columns, kPanelColumns);
     stride = (panel_columns + 15) / 16 * 16 + kPairPadding;
@@ -334,15 +340,20 @@ inline Tensor statistics_of(const std::vector<PairRow>& rows, ScalarType type, c
 
 enum class Reduction : int64_t { none, mean, sum };
 
+inline Reduction reduction_of(int64_t code, const char* operator_name) {
+  PYREG_REQUIRE(code >= 0 && code <= 2, operator_name, "expected reduction 0 (none), 1 (mean) or 2 (sum), got ", code);
+  return static_cast<Reduction>(code);
+}
+
 // The rows' losses, or their sum, over `divisor` for the mean.
-inline Tensor reduce_losses(const std::vector<double>& losses, int64_t reduction, double divisor, ScalarType type,
+inline Tensor reduce_losses(const std::vector<double>& losses, Reduction reduction, double divisor, ScalarType type,
                             const Tensor& like) {
-  if (static_cast<Reduction>(reduction) == Reduction::none) {
+  if (reduction == Reduction::none) {
     const auto count = static_cast<int64_t>(losses.size());
     return tensor_of({count}, type, like, [&](int64_t i) { return losses[i]; });
   }
   const double sum = std::accumulate(losses.begin(), losses.end(), 0.0);
-  const double loss = static_cast<Reduction>(reduction) == Reduction::mean ? sum / divisor : sum;
+  const double loss = reduction == Reduction::mean ? sum / divisor : sum;
   return tensor_of({}, type, like, [&](int64_t) { return loss; });
 }
 

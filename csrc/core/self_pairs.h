@@ -15,6 +15,9 @@
 
 namespace pyreg {
 
+// For row_count: a number that tracing need not know.
+constexpr int64_t kAllRows = -1;
+
 class SelfPairs {
  public:
   SelfPairs(const char* name, const Tensor& features, bool normalize, double temperature, int64_t first_row,
@@ -24,14 +27,14 @@ class SelfPairs {
         dtype_(dtype_of(features.scalar_type(), name)),
         normalize_(normalize),
         first_row_(first_row),
-        row_count_(row_count) {
+        row_count_(row_count == kAllRows ? features.size(0) : row_count) {
     PYREG_REQUIRE(features.dim() == 2 && features.size(1) > 0, name, "expected features of shape [N, D]");
-    PYREG_REQUIRE(first_row >= 0 && row_count >= 0 && first_row + row_count <= count(), name,
+    PYREG_REQUIRE(first_row_ >= 0 && row_count_ >= 0 && row_count_ <= count() - first_row_, name,
                   "expected rows within the features'");
     PYREG_REQUIRE(temperature > 0, name, "expected a positive temperature");
     args_.dtype = accumulate(dtype_);
     args_.scale = 1 / temperature;
-    args_.is_upper = row_count == count();
+    args_.is_upper = row_count_ == count();
   }
 
   const char* name() const { return name_; }
@@ -113,13 +116,13 @@ inline void set_weights(PairArgs& args, const std::array<PairWeights, 2>& weight
 
 // (loss, statistics [3, row_count], gradient of the reduced loss or [0])
 template <typename Problem>
-std::tuple<Tensor, Tensor, Tensor> self_pairs_forward(Problem& problem, int64_t reduction, ScalarType loss_type,
+std::tuple<Tensor, Tensor, Tensor> self_pairs_forward(Problem& problem, int64_t reduction_code, ScalarType loss_type,
                                                       bool with_gradient) {
+  const Reduction reduction = reduction_of(reduction_code, problem.name());
   PairArgs& args = problem.args();
   const int64_t row_count = problem.row_count(), first_row = problem.first_row();
-  const bool is_mean = static_cast<Reduction>(reduction) == Reduction::mean;
-  PYREG_REQUIRE(!with_gradient || (args.is_upper && problem.count() <= kOnePanelRows &&
-                                   static_cast<Reduction>(reduction) != Reduction::none),
+  const bool is_mean = reduction == Reduction::mean;
+  PYREG_REQUIRE(!with_gradient || (args.is_upper && problem.count() <= kOnePanelRows && reduction != Reduction::none),
                 problem.name(), "expected with_gradient for at most ", kOnePanelRows, " rows and a reduced loss only");
   const ScalarType type = accumulate_type(problem.dtype());
   const Dtype dtype = accumulate(problem.dtype());

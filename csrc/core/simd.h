@@ -30,6 +30,7 @@ typedef uint32_t UInt32Vector __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t UInt16Vector __attribute__((vector_size(kVectorBytes / 2)));
 typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Int64Vector __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t UInt64Vector __attribute__((vector_size(kVectorBytes)));
 
 template <typename A>
 struct VectorOf;
@@ -304,8 +305,8 @@ PYREG_HOST_DEVICE Doubles to_doubles(FloatVector v) {
 
 PYREG_HOST_DEVICE DoubleVector to_doubles(DoubleVector v) { return v; }
 
-// While it lives, this thread's subnormal results are 0: each would cost an x86 processor some 150 cycles, where sums of
-// exponentials have no use for terms below 2^-126.
+// While it lives, this thread's subnormal results are 0: each would cost an x86 processor some 150 cycles, where sums
+// of exponentials have no use for terms below 2^-126.
 class FlushSubnormals {
  public:
 #if defined(__SSE2__)
@@ -321,6 +322,6 @@ class FlushSubnormals {
   FlushSubnormals() {}
   ~FlushSubnormals() {}
 #endif
-  };
+};
 
 }  // namespace pyreg::PYREG_ISA

@@ -1,5 +1,6 @@
 // Vector forms of core/math.h, which includes this file, as polynomials: the natural logarithm for float and double,
-// the functions further down for float, exp for double too. The other double ones are the scalar function, lane by lane.
+// the functions further down for float, exp for double too. The other double ones are the scalar function, lane by
+// lane.
 //
 // log(m 2^e) with m in [sqrt(1/2), sqrt(2)): f = m - 1, s = f / (2 + f), log(1 + f) = 2 atanh(s)
 //   = f - f^2/2 + s (f^2/2 + R),  R = 2 s^2 (1/3 + s^2/5 + s^4/7 + ...),  |s| < 0.1716.
@@ -196,8 +197,8 @@ PYREG_HOST_DEVICE FloatVector error_function(FloatVector x) {
 
 // As for float; the series to r^13 leaves a relative error of 4e-18.
 PYREG_HOST_DEVICE DoubleVector exponential(DoubleVector x) {
-  constexpr double kInverseFactorial[] = {1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
-                                          1.0 / 5040,    1.0 / 40320,    1.0 / 362880,    1.0 / 3628800,
+  constexpr double kInverseFactorial[] = {1.0 / 6,        1.0 / 24,        1.0 / 120,         1.0 / 720,
+                                          1.0 / 5040,     1.0 / 40320,     1.0 / 362880,      1.0 / 3628800,
                                           1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
   constexpr double kLog2E = 1.44269504088896340736, kRound = 0x1.8p52;
   x = x > 710.0 ? broadcast(710.0) : x;    // infinity
@@ -211,9 +212,9 @@ PYREG_HOST_DEVICE DoubleVector exponential(DoubleVector x) {
   // The integer n is in the last bits of `shifted`; moved up into the exponent's, those above it are gone.
   const DoubleVector shifted_half = rounded * 0.5 + kRound;
   const DoubleVector shifted_rest = (rounded - (shifted_half - kRound)) + kRound;
-  const Int64Vector one = bit_cast<Int64Vector>(broadcast(1.0));
-  const DoubleVector first = bit_cast<DoubleVector>((bit_cast<Int64Vector>(shifted_half) << 52) + one);
-  const DoubleVector second = bit_cast<DoubleVector>((bit_cast<Int64Vector>(shifted_rest) << 52) + one);
+  const UInt64Vector one = bit_cast<UInt64Vector>(broadcast(1.0));
+  const DoubleVector first = bit_cast<DoubleVector>((bit_cast<UInt64Vector>(shifted_half) << 52) + one);
+  const DoubleVector second = bit_cast<DoubleVector>((bit_cast<UInt64Vector>(shifted_rest) << 52) + one);
   return mantissa * first * second;
 }
 PYREG_HOST_DEVICE DoubleVector arc_tangent(DoubleVector x) {

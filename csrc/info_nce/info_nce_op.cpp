@@ -40,7 +40,7 @@ class Problem {
     // both directions, of which only one has log_q.
     const auto [lowest, highest] = set_exponents(log_q);
     args_.is_bounded = normalize && 2 * args_.scale + (highest - lowest) <= kBoundedRange && !(log_q && has_columns);
-    args_.shift = args_.scale + highest;
+    set_shift(args_, args_.scale + highest);
   }
 
   PairArgs& args() { return args_; }
@@ -55,6 +55,7 @@ class Problem {
 
  private:
   void set_partners(int64_t offset) {
+    offset = std::clamp(offset, -row_count(), column_count());  // beyond which no row has a positive
     partners_.resize(static_cast<size_t>(row_count()));
     for (int64_t i = 0; i < row_count(); ++i) {
       partners_[i] = i + offset >= 0 && i + offset < column_count() ? i + offset : -1;
@@ -176,9 +177,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(Tensor query, Tensor
                                                             std::optional<Tensor> query_ids,
                                                             std::optional<Tensor> key_ids, double temperature,
                                                             bool normalize, bool by_query, bool by_key, int64_t offset,
-                                                            int64_t reduction, ScalarType loss_type,
+                                                            int64_t reduction_code, ScalarType loss_type,
                                                             std::vector<bool> with_gradient) {
   constexpr const char* kName = "info_nce";
+  const Reduction reduction = reduction_of(reduction_code, kName);
   PYREG_REQUIRE(by_query || by_key, kName, "expected by_query or by_key");
   PYREG_REQUIRE(with_gradient.size() == 2, kName, "expected with_gradient of two");
   const std::optional<Tensor> none;
@@ -188,10 +190,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(Tensor query, Tensor
   const bool is_symmetric = by_query && by_key, has_gradient = with_gradient[0] || with_gradient[1];
   PYREG_REQUIRE(!is_symmetric || (query.size(0) == key.size(0) && offset == 0), kName,
                 "expected as many queries as keys and offset 0 for both directions");
-  PYREG_REQUIRE(!has_gradient || (static_cast<Reduction>(reduction) != Reduction::none &&
-                                  (!is_symmetric || is_one_panel(query.size(0), key.size(0)))),
-                kName, "expected with_gradient for a reduced loss of one direction, or of at most ", kOnePanelRows,
-                " rows, only");
+  PYREG_REQUIRE(
+      !has_gradient || (reduction != Reduction::none && (!is_symmetric || is_one_panel(query.size(0), key.size(0)))),
+      kName, "expected with_gradient for a reduced loss of one direction, or of at most ", kOnePanelRows,
+      " rows, only");
   const ScalarType type = accumulate_type(problem.dtype());
   Tensor grad_query = empty_gradient(query, with_gradient[0], type);
   Tensor grad_key = empty_gradient(key, with_gradient[1], type);
@@ -204,8 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(Tensor query, Tensor
     if (has_gradient) {
       gradients.emplace(unit_rows, unit_columns, with_gradient[by_query ? 0 : 1], with_gradient[by_query ? 1 : 0]);
     }
-    const double upstream =
-        (static_cast<Reduction>(reduction) == Reduction::mean ? 1 / divisor : 1) / (is_symmetric ? 2 : 1);
+    const double upstream = (reduction == Reduction::mean ? 1 / divisor : 1) / (is_symmetric ? 2 : 1);
     run_forward(problem, rows, columns, unit_rows, unit_columns, gradients ? &*gradients : nullptr, upstream);
     if (gradients) {
       gradients->write(problem.args().dtype, by_query ? grad_query : grad_key, by_query ? grad_key : grad_query);

@@ -25,7 +25,7 @@ class Problem : public SelfPairs {
       const int64_t first = count > 0 ? source(0) : 0;  // the rows asked for are consecutive
       side.codes = keep(codes.array(args_.dtype, values.subspan(first, count)));
     });
-    args_.shift = args_.scale;
+    set_shift(args_, args_.scale);
     args_.is_bounded = normalize && 2 * args_.scale <= kBoundedRange;
   }
 

@@ -27,6 +27,9 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # One tile of rows, whose gradient is formed with the loss: a second pass over so few would be mostly overhead.
 ONE_TILE_ROWS = 512
 
+# For row_count: a number that tracing need not know.
+ALL_ROWS = -1
+
 
 # ---- argument checks ----
 
@@ -44,6 +47,8 @@ def feature_rows(operator: str, name: str, features: Tensor) -> Tensor:
 
 def check_number(operator: str, name: str, value: float, low: float, or_equal: bool) -> float:
     """A finite number above ``low``."""
+    if isinstance(value, Tensor):
+        check_constant(operator, name, value)
     try:
         fits = (low <= value if or_equal else low < value) and value < math.inf
     except TypeError:
@@ -143,11 +148,14 @@ def scaled(gradient: Tensor, grad_loss: Tensor, is_last: bool) -> Tensor:
 # ---- kernels ----
 
 
-def on_cuda(name: str) -> Callable[..., Any]:
-    """``pyreg::<name>`` for CUDA tensors."""
+def on_cuda(name: str, row_count: int | None = None) -> Callable[..., Any]:
+    """``pyreg::<name>`` for CUDA tensors; ``row_count`` is the position of the argument of that name."""
 
-    def operation(first: Tensor, *args: Any) -> Any:
-        return getattr(_kernels(first), name)(first, *args)
+    def operation(*args: Any) -> Any:
+        first, arguments = args[0], list(args)
+        if row_count is not None and arguments[row_count] == ALL_ROWS:
+            arguments[row_count] = first.shape[0]
+        return getattr(_kernels(first), name)(*arguments)
 
     return operation
 
@@ -200,9 +208,9 @@ class SymmetricLoss:
         self._differentiable = _library.differentiable(name, setup_context=self._setup, backward=self._backward)
 
     def __call__(self, features: Tensor, others: Tensors, numbers: tuple[Any, ...], reduction: int) -> Tensor:
-        count = features.shape[0]
-        with_gradient = reduction != 0 and count <= ONE_TILE_ROWS and features.requires_grad and torch.is_grad_enabled()
-        options = (reduction, loss_dtype(features), 0, count, with_gradient)
+        needs_grad, is_one_tile = features.requires_grad and torch.is_grad_enabled(), features.shape[0] <= ONE_TILE_ROWS
+        with_gradient = needs_grad and is_one_tile and reduction != 0
+        options = (reduction, loss_dtype(features), 0, ALL_ROWS, with_gradient)
         return self._differentiable(features, *others, *numbers, *options)[0]  # type: ignore[no-any-return]
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -231,13 +239,14 @@ class SymmetricLoss:
             if is_last:
                 ctx.gradient = None
             return scaled(gradient, grad_loss, is_last).to(features.dtype), *no_others
-        count = features.shape[0]
         rows = self.upstream(grad_loss, statistics, ctx.reduction)
-        return self.backward(rows, features, *others, statistics, *ctx.numbers, 0, count), *no_others
+        return self.backward(rows, features, *others, statistics, *ctx.numbers, 0, ALL_ROWS), *no_others
 
     def upstream(self, grad_loss: Tensor, statistics: Tensor, reduction: int) -> Tensor:
         """The upstream gradient ``[N]`` of each row's loss."""
         rows = grad_loss.to(statistics.dtype)
+        if reduction == 0:  # a row that adds nothing has no part in the gradient, whatever comes from above
+            return rows.masked_fill(statistics[1] == 0, 0)
         if reduction == 1:
             rows = rows / self.divisor(statistics)
         return rows.expand(statistics.shape[1]).contiguous()
@@ -317,6 +326,7 @@ class _SymmetricLossOfAllRanks(torch.autograd.Function):
 
 def _fake_symmetric(features: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     reduction, dtype, _, row_count, with_gradient = options[-5:]
+    row_count = _rows_of(features, row_count)
     total = _library.accumulate_dtype(features.dtype)
     return (
         features.new_empty((row_count,) if reduction == 0 else (), dtype=dtype),
@@ -326,4 +336,8 @@ def _fake_symmetric(features: Tensor, *options: Any) -> tuple[Tensor, Tensor, Te
 
 
 def _fake_symmetric_backward(grad_rows: Tensor, features: Tensor, *options: Any) -> Tensor:
-    return features.new_empty((options[-1], features.shape[1]))
+    return features.new_empty((_rows_of(features, options[-1]), features.shape[1]))
+
+
+def _rows_of(features: Tensor, row_count: int) -> int:
+    return features.shape[0] if row_count == ALL_ROWS else row_count

@@ -101,9 +101,8 @@ class _Terms:
     """A row's weights in the gradient, its upstream gradient included; a row that adds nothing has 0 for both."""
 
     def __init__(self, statistics: Tensor, grad_rows: Tensor) -> None:
-        lse, alpha, beta = statistics
+        self.lse, alpha, beta = statistics
         adds_nothing = alpha == 0
-        self.lse = lse.masked_fill(adds_nothing, torch.inf)
         self.alpha = (grad_rows * alpha).masked_fill_(adds_nothing, 0)
         self.beta = (grad_rows * beta).masked_fill_(adds_nothing, 0)
 

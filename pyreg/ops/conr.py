@@ -1,6 +1,7 @@
 """ConR: the public function, and how torch traces, differentiates and batches it.
 
-Kernels: ``csrc/conr`` and, on CUDA, ``triton_kernels/contrastive.py``. Definition: :mod:`pyreg.reference.conr`.
+Kernels: ``csrc/conr``; on CUDA, torch's own operators (``pyreg/ops/_pairs.py``). Definition:
+:mod:`pyreg.reference.conr`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ def conr_loss(
 
     A row without positives or without negatives has loss 0. Forward and backward form no ``[N, N]`` tensor: the memory
     needed is that of the features, some numbers a row, and tiles.
+
+    Beyond 512 rows, tiles of rows in the order of their labels are skipped where labels and predictions are all farther
+    apart than the window: such pairs are neither positive nor negative. That pays as soon as predictions follow labels.
+    Of 4096 rows on the CPU, with labels from 0 to 100 and a window of 1, 22 % of the tiles remain where predictions are
+    off by 2 (root mean square), 37 % where by 4, 64 % where by 8 and 94 % where by 16; all remain where predictions are
+    alike, as before training. ``bench/bench_conr.py`` times both kinds of predictions.
 
     Args:
         features: ``[N, D]``, or ``[N, ...]``, which is flattened to it; float64, float32, bfloat16 or float16.
@@ -172,8 +179,8 @@ def _weighted(targets: Tensor, weights: Tensor, rows: Tensor, variant: str) -> t
 # ---- the operator ----
 
 
-for _operator in ("conr", "conr_backward"):
-    _library.implement(_operator, _contrastive.on_cuda(_operator), ["CUDA"])
+_library.implement("conr", _contrastive.on_cuda("conr", row_count=-2), ["CUDA"])
+_library.implement("conr_backward", _contrastive.on_cuda("conr_backward", row_count=-1), ["CUDA"])
 
 
 def _dense(

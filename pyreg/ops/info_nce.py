@@ -1,6 +1,7 @@
 """InfoNCE: the public function, and how torch traces, differentiates and batches it.
 
-Kernels: ``csrc/info_nce`` and, on CUDA, ``triton_kernels/contrastive.py``. Definition: :mod:`pyreg.reference.info_nce`.
+Kernels: ``csrc/info_nce``; on CUDA, torch's own operators (``pyreg/ops/_pairs.py``). Definition:
+:mod:`pyreg.reference.info_nce`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def info_nce(
     Args:
         query: ``[N, D]``, or ``[N, ...]``, which is flattened to it; float64, float32, bfloat16 or float16.
         key: ``[M, D]`` of query's dtype, ``M >= N``; keys after the first N are negatives only.
-        temperature: above 0.
+        temperature: above 0; a constant. One that is trained, as CLIP's, goes into the query:
+            ``info_nce(F.normalize(query) / t, F.normalize(key), temperature=1.0, normalize=False)``.
         normalize: whether rows are brought to length 1.
         symmetric: both directions; needs ``M = N``.
         log_q: ``[M]``, the logarithm of each key's probability of being sampled: the logQ correction of retrieval.

@@ -1,6 +1,7 @@
 """Supervised contrastive loss: the public function, and how torch traces, differentiates and batches it.
 
-Kernels: ``csrc/supcon`` and, on CUDA, ``triton_kernels/contrastive.py``. Definition: :mod:`pyreg.reference.supcon`.
+Kernels: ``csrc/supcon``; on CUDA, torch's own operators (``pyreg/ops/_pairs.py``). Definition:
+:mod:`pyreg.reference.supcon`.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def supcon_loss(
 # ---- the operator ----
 
 
-for _operator in ("supcon", "supcon_backward"):
-    _library.implement(_operator, _contrastive.on_cuda(_operator), ["CUDA"])
+_library.implement("supcon", _contrastive.on_cuda("supcon", row_count=-2), ["CUDA"])
+_library.implement("supcon_backward", _contrastive.on_cuda("supcon_backward", row_count=-1), ["CUDA"])
 
 
 def _dense(features: Tensor, labels: Tensor, temperature: float, normalize: bool, reduction: int) -> Tensor:
