@@ -1,8 +1,8 @@
 // CPU kernel of Sinkhorn's iteration on a dense cost. Method and notation: sinkhorn.h.
 //
-// One problem is shared by the threads in blocks of rows, whose sums for the columns are added up in a fixed order; of a
-// batch of problems, each is one thread's. Four rows go together: v is loaded once for their sums, t once for what they
-// add to it. Bytes an iteration: K once from wherever it lies, and once more from the first-level cache.
+// One problem is shared by the threads in blocks of rows, whose sums for the columns are added up in a fixed order; of
+// a batch of problems, each is one thread's. Four rows go together: v is loaded once for their sums, t once for what
+// they add to it. Bytes an iteration: K once from wherever it lies, and once more from the first-level cache.
 #include <cmath>
 
 #include "core/math.h"
@@ -91,7 +91,7 @@ struct PointsCost {
   }
 
   int64_t dimension, stride;
-  const A* x;  // [rows, dimension]
+  const A* x;    // [rows, dimension]
   Scratch<A> y;  // [dimension, stride]
 };
 
@@ -248,7 +248,8 @@ class Problem {
             const Vector<A> potential = load(shifted_.get() + j), low = load(shifted_low_.get() + j);
             sum += exponential(difference<A>(potential, cost, broadcast(-maximum), low) * scale);
           });
-          const double log_sum = static_cast<double>(maximum) / epsilon_ + std::log(static_cast<double>(sum_lanes(sum)));
+          const double log_sum =
+              static_cast<double>(maximum) / epsilon_ + std::log(static_cast<double>(sum_lanes(sum)));
           const int64_t k = index_ * n_ + i;
           potential = epsilon_ * (target(args_.row, k) - kappa(args_.row, k, epsilon_) * log_sum);
           error += row_error(k, old / epsilon_ + log_sum, potential - old);

@@ -69,7 +69,11 @@ enum class WarpOperation { sync, shuffle, ballot };
 
 void* dynamic_shared_memory();
 void block_barrier(Place place);
+// The same; whether any thread's predicate is true.
+bool block_any(bool predicate, Place place);
 void grid_barrier(Place place);
+// Waits for all threads of `blocks` blocks that come with the same key.
+void group_barrier(const void* key, unsigned blocks, Place place);
 unsigned active_lanes();
 // Waits for the lanes of `mask`. A shuffle gives the value of lane `source_lane`, a ballot the mask of the lanes whose
 // value is not 0.
