@@ -89,35 +89,37 @@ struct SinkhornArgs {
 struct SinkhornSchedule {
   enum class Next { iteration, stage, end };
 
-  double epsilon, last, factor, tolerance;
-  int64_t iterations, stage_end, most;
+  double epsilon;
+  int32_t iterations, stage_end;  // max_iterations is below 2^31
+  bool is_last;
 
   // Of each stage but the last, whose end is the tolerance or the last iteration of all.
-  static constexpr int64_t kStageIterations = 3;
+  static constexpr int32_t kStageIterations = 3;
 
   PYREG_HOST_DEVICE void begin(const SinkhornArgs& args, int64_t problem) {
-    last = args.epsilon[problem];
-    epsilon = args.first_epsilon[problem] > last ? args.first_epsilon[problem] : last;
-    factor = args.epsilon_factor;
-    tolerance = args.tolerance;
-    most = args.max_iterations;
     iterations = 0;
-    begin_stage();
+    begin_stage(args, problem, args.first_epsilon[problem]);
   }
 
-  // The last iteration is made at the epsilon that was asked for, whatever stage has been reached: so is the error.
-  PYREG_HOST_DEVICE void begin_stage() {
-    if (iterations + 1 >= most) epsilon = last;
-    stage_end = iterations + kStageIterations < most - 1 ? iterations + kStageIterations : most - 1;
-  }
-
-  PYREG_HOST_DEVICE Next advance(double error) {
+  // What follows on an iteration whose error is `error`.
+  PYREG_HOST_DEVICE Next advance(const SinkhornArgs& args, double error) {
     ++iterations;
-    if (epsilon <= last) return iterations >= most || error <= tolerance ? Next::end : Next::iteration;
-    if (iterations < stage_end) return Next::iteration;
-    epsilon = epsilon * factor > last ? epsilon * factor : last;
-    begin_stage();
-    return Next::stage;
+    if (is_last) return iterations >= args.max_iterations || error <= args.tolerance ? Next::end : Next::iteration;
+    return iterations < stage_end ? Next::iteration : Next::stage;
+  }
+
+  PYREG_HOST_DEVICE void begin_next_stage(const SinkhornArgs& args, int64_t problem) {
+    begin_stage(args, problem, epsilon * args.epsilon_factor);
+  }
+
+ private:
+  // The last iteration is made at the epsilon that was asked for, whatever stage has been reached: so is the error.
+  PYREG_HOST_DEVICE void begin_stage(const SinkhornArgs& args, int64_t problem, double wanted) {
+    const double last = args.epsilon[problem];
+    is_last = !(wanted > last) || iterations + 1 >= args.max_iterations;
+    epsilon = is_last ? last : wanted;
+    const int32_t most = static_cast<int32_t>(args.max_iterations) - 1;
+    stage_end = iterations + kStageIterations < most ? iterations + kStageIterations : most;
   }
 };
 

@@ -98,6 +98,7 @@ inline int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 // twice.
 template <typename A>
 struct SharedLayout {
+  int epsilon;
   int slots;       // [2, kMostWarps] Slot
   int exchange;    // [2, kMostWarps, kRows]
   int sums;        // [teams, stride] of columns
@@ -110,6 +111,7 @@ struct SharedLayout {
   explicit SharedLayout(const Plan& plan) : needed(0) {
     const int64_t stride = plan.stride * static_cast<int64_t>(sizeof(A));
     const bool is_in_shared = plan.is_resident && !plan.is_held;
+    epsilon = take(true, sizeof(double));
     slots = take(true, 2 * kMostWarps * sizeof(Slot<A>));
     exchange = take(plan.team > kWarpSize || plan.way != SinkhornWay::block, 2 * kMostWarps * 8 * sizeof(A));
     sums = take(plan.has_shared_sums, plan.teams() * stride);
@@ -189,6 +191,21 @@ __device__ __forceinline__ A difference(A p, A c, A q, A low) {
   return sum > -static_cast<A>(INFINITY) ? sum + (loss + low) : sum;
 }
 
+// Keeps what is computed from x where it is: computed earlier and kept, it would take the registers of K.
+__device__ __forceinline__ int kept_here(int x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+template <typename T>
+__device__ __forceinline__ const T* kept_here(const T* x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+
 struct Larger {
   template <typename T>
   __device__ __forceinline__ T operator()(T a, T b) const {
@@ -206,41 +223,41 @@ class Part {
 
  public:
   // `expected`: arrivals of the group at its barriers so far
-  __device__ __forceinline__ Part(const Launched<A>& launched, int64_t problem, int group, int part, unsigned expected)
+  __device__ __forceinline__ Part(const Launched<A>& launched, int problem, int group, int part, unsigned expected)
       : launched_(launched),
         args_(launched.args),
         plan_(launched.plan),
         problem_(problem),
         group_(group),
         part_(part),
-        m_(static_cast<int>(args_.columns)),
-        first_row_(first_of(args_.rows, part)),
-        rows_(first_of(args_.rows, part + 1) - first_row_),
         expected_(expected) {}
 
   // All iterations.
   __device__ __forceinline__ void run() {
-    SinkhornSchedule schedule;
-    schedule.begin(args_, problem_);
-    set_epsilon(schedule.epsilon);
+    schedule_.begin(args_, problem_);
+    set_epsilon();
     publish_column_potentials();
     barrier();
     bool must_form = true;
     A error = static_cast<A>(INFINITY);
     while (args_.max_iterations > 0) {
       const bool has_scalings = iterate(must_form, error);
-      const SinkhornSchedule::Next next = schedule.advance(static_cast<double>(error));
+      const SinkhornSchedule::Next next = schedule_.advance(args_, static_cast<double>(error));
       must_form = !has_scalings || next != SinkhornSchedule::Next::iteration;
       if (has_scalings && must_form) {
         absorb();
         barrier();
       }
       if (next == SinkhornSchedule::Next::end) break;
-      if (next == SinkhornSchedule::Next::stage) set_epsilon(schedule.epsilon);
+      if (next == SinkhornSchedule::Next::stage) {
+        schedule_.epsilon = epsilon();
+        schedule_.begin_next_stage(args_, problem_);
+        set_epsilon();
+      }
     }
-    if (part_ == 0 && threadIdx.x == 0) {
+    if (part() == 0 && threadIdx.x == 0) {
       args_.error[problem_] = static_cast<double>(error);
-      args_.iterations[problem_] = schedule.iterations;
+      args_.iterations[problem_] = schedule_.iterations;
     }
     barrier();  // before the next problem takes the memory
   }
@@ -249,9 +266,10 @@ class Part {
 
   // ---- the steps of an iteration ----
 
-  __device__ __forceinline__ void set_epsilon(double epsilon) {
-    epsilon_ = epsilon;
-    scale_ = static_cast<A>(1.4426950408889634 / epsilon);  // for powers of two
+  // Of a launch that makes one step.
+  __device__ __forceinline__ void set_schedule(const SinkhornSchedule& schedule) {
+    schedule_ = schedule;
+    set_epsilon();
   }
 
   __device__ __forceinline__ void publish_column_potentials() {
@@ -281,12 +299,12 @@ class Part {
   // Hands the part's sums, error and flags to the others.
   __device__ __forceinline__ void publish_sums() {
     if (plan_.has_shared_sums) {
-      A* const own = all_sums() + at_line(part_, 0);
-      for (int j = thread(); j < m_; j += threads()) own[j] = sum_of_teams(j);
+      A* const own = all_sums() + at_line(part(), 0);
+      for (int j = thread(); j < m(); j += threads()) own[j] = sum_of_teams(j);
     }
     if (warp() == 0) {
       const Verdict verdict = read_slots(slots(), threads() / kWarpSize);
-      if (lane() == 0) all_slots()[part_] = {verdict.error, verdict.flags, 0};
+      if (lane() == 0) all_slots()[part()] = {verdict.error, verdict.flags, 0};
     }
   }
 
@@ -295,7 +313,7 @@ class Part {
   __device__ __forceinline__ void columns() {
     int32_t flags = 0;
     if (is_alone()) {
-      for (int j = thread(); j < m_; j += threads()) column<kForms>(j, sum_of_teams(j), flags);
+      for (int j = thread(); j < m(); j += threads()) column<kForms>(j, sum_of_teams(j), flags);
     } else {
       columns_of_parts<kForms>(flags);
     }
@@ -310,7 +328,7 @@ class Part {
     const int32_t own = lane() < threads() / kWarpSize ? slots()[lane()].column_flags : 0;
     const int32_t flags =
         (__any_sync(kFullWarp, own & kLost) ? kLost : 0) | (__any_sync(kFullWarp, own & kWide) ? kWide : 0);
-    if (lane() == 0) all_slots()[part_].column_flags = flags;
+    if (lane() == 0) all_slots()[part()].column_flags = flags;
   }
 
   struct Verdict {
@@ -328,19 +346,19 @@ class Part {
   __device__ __forceinline__ void log_sums_of_part() {
     const int stripe = plan_.stride <= threads() ? thread() / plan_.stride : 0;
     if (stripe >= plan_.stripes) return;
-    const int64_t line = (part_ * static_cast<int64_t>(plan_.stripes) + stripe) * plan_.stride;
-    for (int j = plan_.stride <= threads() ? thread() % plan_.stride : thread(); j < m_; j += threads()) {
+    const int64_t line = (part() * static_cast<int64_t>(plan_.stripes) + stripe) * plan_.stride;
+    for (int j = plan_.stride <= threads() ? thread() % plan_.stride : thread(); j < m(); j += threads()) {
       A maximum = kNone, sum = 0;
 #pragma unroll 1
-      for (int i = stripe; i < rows_; i += plan_.stripes) {
+      for (int i = stripe; i < rows_(); i += plan_.stripes) {
         const Split<A> row(row_potential(i));
-        const A entry = cost()[(first_row_ + i) * static_cast<int64_t>(m_) + j];
+        const A entry = cost()[(first_row() + i) * static_cast<int64_t>(m()) + j];
         const A x = row.high - entry;
         if (x > maximum) {
-          sum *= power_of_two((maximum - x) * scale_);
+          sum *= power_of_two((maximum - x) * scale());
           maximum = x;
         }
-        if (x > kNone) sum += power_of_two(difference(row.high, entry, -maximum, row.low) * scale_);
+        if (x > kNone) sum += power_of_two(difference(row.high, entry, -maximum, row.low) * scale());
       }
       all_maxima()[line + j] = maximum;
       all_sums()[line + j] = sum;
@@ -356,10 +374,10 @@ class Part {
       if (maximum > kNone) {
         double sum = 0;
         for (int line = 0; line < lines; ++line) {
-          const A weight = power_of_two((all_maxima()[at_line(line, j)] - maximum) * scale_);
+          const A weight = power_of_two((all_maxima()[at_line(line, j)] - maximum) * scale());
           sum += static_cast<double>(weight) * static_cast<double>(all_sums()[at_line(line, j)]);
         }
-        potential = potential_of(args_.column, column_index(j), static_cast<double>(maximum) / epsilon_ + log(sum));
+        potential = potential_of(args_.column, column_index(j), static_cast<double>(maximum) / epsilon() + log(sum));
       }
       set_column_potential(j, potential);
     }
@@ -414,7 +432,7 @@ class Part {
     barrier();
     if (plan_.is_resident) {
       A* const next = scalings() + (current_ ^ 1) * plan_.stride;
-      for (int j = thread(); j < m_; j += threads()) next[j] = __ldcg(all_scalings() + j);
+      for (int j = thread(); j < m(); j += threads()) next[j] = __ldcg(all_scalings() + j);
       __syncthreads();
     }
     return verdict();
@@ -425,36 +443,39 @@ class Part {
   // K of the team's rows, formed around their potentials and scaled to the new ones. Returns the scaling, in the lanes
   // that look after each row.
   __device__ __forceinline__ A form_rows(int first, A& error, int32_t& flags) {
-    const int own = first + row_of_lane();
-    const bool exists = own < rows_;
-    const int64_t i = problem_ * args_.rows + first_row_ + own;
-    const double before = exists ? args_.row.potentials[i] : -INFINITY;
-    const double target = exists ? args_.target(args_.row, i, epsilon_) : -INFINITY;
-    const bool is_wanted = target > -INFINITY;
-    double base = before;
-    A sum = form(first, base);
-    const bool is_out = is_wanted && !(sum > kLeastSum<A> && sum < 1 / kLeastSum<A>);
-    if (any(is_out)) {
-      const A largest = largest_exponent(first);
+    int own = first + row_of_lane();
+    const bool exists = own < rows_();
+    double base = exists ? row_potential(own) : -INFINITY;
+    const bool is_wanted = exists && args_.row.targets[row_index(own)] > -INFINITY;
+    A sum;
+#pragma unroll 1
+    for (bool is_again = false;; is_again = true) {
+      sum = form(kept_here(first), base);
+      const bool is_out = is_wanted && !(sum > kLeastSum<A> && sum < 1 / kLeastSum<A>);
+      if (is_again || !any(is_out)) break;
+      const A largest = largest_exponent(kept_here(first));
       if (is_out) base = largest > kNone ? -static_cast<double>(largest) : -INFINITY;
-      sum = form(first, base);
     }
+    own = kept_here(own);
     base_ = base;
     double potential = -INFINITY;
     A u = 0;
     if (is_wanted && sum > 0) {
-      const double log_sum = log(static_cast<double>(sum)) - base / epsilon_;
+      const int64_t i = row_index(own);
+      const double log_sum = log(static_cast<double>(sum)) - base / epsilon();
       potential = potential_of(args_.row, i, log_sum);
-      u = static_cast<A>(exp((potential - base) / epsilon_));
+      u = static_cast<A>(exp((potential - base) / epsilon()));
       if (flags_of(u * sum, A(1)) != 0) flags |= kWide;  // scalings would lose it
       if (leads()) {
-        error += static_cast<A>(args_.row_error(i, epsilon_, before / epsilon_ + log_sum, potential - before));
+        const double before = args_.row.potentials[i];
+        error += static_cast<A>(args_.row_error(i, epsilon(), before / epsilon() + log_sum, potential - before));
       }
     }
     if (exists && leads()) {
+      const int64_t i = row_index(own);
       args_.row.potentials[i] = potential;
       if (plan_.is_resident) {
-        const double kappa = args_.row.kappa(i, epsilon_);
+        const double kappa = args_.row.kappa(i, epsilon());
         row_states()[own] = {potential > -INFINITY ? A(1) : A(0), factor(args_.row, i, potential),
                              static_cast<A>(kappa), static_cast<A>(args_.row.weights[i])};
       }
@@ -479,7 +500,7 @@ class Part {
       }
     }
     const A sum = reduce_rows(sums, Plus{});
-    if (own >= rows_) return 0;
+    if (own >= rows_()) return 0;
     const RowState<A> state = row_states()[own];
     if (!(state.scaling > 0)) return 0;
     const A u = scaling_of(state.factor, state.kappa, sum);
@@ -510,31 +531,37 @@ class Part {
   }
 
   __device__ __forceinline__ void form(int first, double base, int chunk) {
-    read_costs(first, chunk);
-    const Split<A> row(base);
+    const int column = kept_here(column_of(chunk, 0));
+    read_costs(first, column);
+    A highs[kColumns], lows[kColumns];
 #pragma unroll
     for (int k = 0; k < kColumns; ++k) {
-      const int j = column_of(chunk, k);
-      const Split<A> column = j < m_ ? column_potentials()[j] : Split<A>(-INFINITY);
+      const int j = column + k * team();
+      const Split<A> potential = j < m() ? column_potentials()[j] : Split<A>(-INFINITY);
+      highs[k] = potential.high;
+      lows[k] = potential.low;
+    }
+    const Split<A> row(base);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const A high = __shfl_sync(kFullWarp, row.high, r * kSpread),
-                low = __shfl_sync(kFullWarp, row.low, r * kSpread);
-        k_[r][k] = power_of_two(difference(high, k_[r][k], column.high, low + column.low) * scale_);
+    for (int r = 0; r < kRows; ++r) {
+      const A high = __shfl_sync(kFullWarp, row.high, r * kSpread), low = __shfl_sync(kFullWarp, row.low, r * kSpread);
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) {
+        k_[r][k] = power_of_two(difference(high, k_[r][k], highs[k], low + lows[k]) * scale());
       }
     }
   }
 
-  // Into the place of K, where its entries are about to be.
-  __device__ __forceinline__ void read_costs(int first, int chunk) {
-    const A* const costs = cost() + (first_row_ + first) * static_cast<int64_t>(m_);
+  // Into the place of K, where its entries are about to be; of the lane's columns from this one on.
+  __device__ __forceinline__ void read_costs(int first, int column) {
+    const A* costs = cost() + (first_row() + first) * static_cast<int64_t>(m()) + column;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
-        const int j = column_of(chunk, k);
-        k_[r][k] = first + r < rows_ && j < m_ ? costs[r * static_cast<int64_t>(m_) + j] : -kNone;
+        k_[r][k] = first + r < rows_() && column + k * team() < m() ? costs[k * team()] : -kNone;
       }
+      costs = kept_here(costs + m());
     }
   }
 
@@ -545,11 +572,12 @@ class Part {
     for (int r = 0; r < kRows; ++r) largest[r] = kNone;
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks(); ++chunk) {
-      read_costs(first, chunk);
+      const int column = kept_here(column_of(chunk, 0));
+      read_costs(first, column);
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
-        const int j = column_of(chunk, k);
-        const A potential = j < m_ ? column_potentials()[j].high : kNone;
+        const int j = column + k * team();
+        const A potential = j < m() ? column_potentials()[j].high : kNone;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) largest[r] = Larger{}(largest[r], potential - k_[r][k]);
       }
@@ -632,17 +660,17 @@ class Part {
     if constexpr (kForms) {
       const int64_t index = column_index(j);
       const double before = column_potential(j);
-      const bool is_wanted = before > -INFINITY && args_.target(args_.column, index, epsilon_) > -INFINITY;
+      const bool is_wanted = before > -INFINITY && args_.target(args_.column, index, epsilon()) > -INFINITY;
       double potential = -INFINITY;
       if (is_wanted) {
         if (!(sum > kLeastSum<A> && sum < 1 / kLeastSum<A>)) flags |= kLost;
-        potential = potential_of(args_.column, index, log(static_cast<double>(sum)) - before / epsilon_);
-        scaling = static_cast<A>(exp((potential - before) / epsilon_));
+        potential = potential_of(args_.column, index, log(static_cast<double>(sum)) - before / epsilon());
+        scaling = static_cast<A>(exp((potential - before) / epsilon()));
       }
       if (!plan_.is_resident || !is_wanted) set_column_potential(j, potential);
       if (!plan_.is_resident) return;
       if (is_wanted) flags |= flags_of(A(1), scaling);
-      columns_()[j] = {factor(args_.column, index, before), static_cast<A>(args_.column.kappa(index, epsilon_))};
+      columns_()[j] = {factor(args_.column, index, before), static_cast<A>(args_.column.kappa(index, epsilon()))};
     } else if (scalings()[current_ * plan_.stride + j] > 0) {
       scaling = scaling_of(columns_()[j].factor, columns_()[j].kappa, sum);
       flags |= flags_of(sum, scaling);
@@ -653,14 +681,14 @@ class Part {
   // ---- potentials and scalings ----
 
   __device__ __forceinline__ double potential_of(const SinkhornSide& side, int64_t index, double log_sum) const {
-    return epsilon_ * (args_.target(side, index, epsilon_) - side.kappa(index, epsilon_) * log_sum);
+    return epsilon() * (args_.target(side, index, epsilon()) - side.kappa(index, epsilon()) * log_sum);
   }
 
   // Of the sums over a K that is formed around this potential.
   __device__ __forceinline__ A factor(const SinkhornSide& side, int64_t index, double potential) const {
     if (!(potential > -INFINITY)) return 0;
-    const double kappa = side.kappa(index, epsilon_);
-    return static_cast<A>(exp(args_.target(side, index, epsilon_) + (kappa - 1) * potential / epsilon_));
+    const double kappa = side.kappa(index, epsilon());
+    return static_cast<A>(exp(args_.target(side, index, epsilon()) + (kappa - 1) * potential / epsilon()));
   }
 
   __device__ __forceinline__ static A scaling_of(A factor, A kappa, A sum) {
@@ -675,10 +703,10 @@ class Part {
   }
 
   __device__ __forceinline__ void absorb() {
-    for (int i = thread(); i < rows_; i += threads()) {
+    for (int i = thread(); i < rows_(); i += threads()) {
       const A scaling = row_states()[i].scaling;
       if (scaling > 0) {
-        args_.row.potentials[problem_ * args_.rows + first_row_ + i] += epsilon_ * log(static_cast<double>(scaling));
+        args_.row.potentials[row_index(i)] += epsilon() * log(static_cast<double>(scaling));
       }
     }
     absorb_columns();
@@ -688,14 +716,13 @@ class Part {
     for (int j = first_column() + thread(); j < end_column(); j += threads()) {
       const A scaling = scalings()[current_ * plan_.stride + j];
       if (scaling > 0) {
-        set_column_potential(j, column_potential(j) + epsilon_ * log(static_cast<double>(scaling)));
+        set_column_potential(j, column_potential(j) + epsilon() * log(static_cast<double>(scaling)));
       }
     }
   }
 
-  __device__ __forceinline__ double row_potential(int i) const {
-    return args_.row.potentials[problem_ * args_.rows + first_row_ + i];
-  }
+  __device__ __forceinline__ int64_t row_index(int i) const { return problem_ * args_.rows + first_row() + i; }
+  __device__ __forceinline__ double row_potential(int i) const { return args_.row.potentials[row_index(i)]; }
   __device__ __forceinline__ int64_t column_index(int j) const { return problem_ * args_.columns + j; }
   __device__ __forceinline__ double column_potential(int j) const { return args_.column.potentials[column_index(j)]; }
   __device__ __forceinline__ void set_column_potential(int j, double potential) {
@@ -705,33 +732,36 @@ class Part {
 
   // ---- K in shared memory ----
 
-  __device__ __forceinline__ A* tile(int first) const {
-    return kernel() + (plan_.is_resident ? first : thread() / team() * kRows) * static_cast<int64_t>(plan_.stride);
+  // Of row `first` and the lane's first column of the chunk.
+  __device__ __forceinline__ A* entries(int first, int column) const {
+    return kernel() + (plan_.is_resident ? first : thread() / team() * kRows) * plan_.stride + column;
   }
 
   __device__ __forceinline__ void load(int first, int chunk) {
     if constexpr (!kHeld) {
-      const A* const tile_ = tile(first);
+      const int column = kept_here(column_of(chunk, 0));
+      const A* row = entries(first, column);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int k = 0; k < kColumns; ++k) {
-          const int j = column_of(chunk, k);
-          k_[r][k] = first < rows_ && j < plan_.stride ? tile_[r * plan_.stride + j] : A(0);
+          k_[r][k] = first < rows_() && column + k * team() < plan_.stride ? row[k * team()] : A(0);
         }
+        row += plan_.stride;
       }
     }
   }
 
   __device__ __forceinline__ void store(int first, int chunk) const {
-    A* const tile_ = tile(first);
+    const int column = kept_here(column_of(chunk, 0));
+    A* row = entries(first, column);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
-        const int j = column_of(chunk, k);
-        if (first < rows_ && j < plan_.stride) tile_[r * plan_.stride + j] = k_[r][k];
+        if (first < rows_() && column + k * team() < plan_.stride) row[k * team()] = k_[r][k];
       }
+      row += plan_.stride;
     }
   }
 
@@ -819,8 +849,21 @@ class Part {
   __device__ __forceinline__ int first_of(int64_t count, int part) const {
     return static_cast<int>(count * part / plan_.parts);
   }
-  __device__ __forceinline__ int first_column() const { return first_of(args_.columns, part_); }
-  __device__ __forceinline__ int end_column() const { return first_of(args_.columns, part_ + 1); }
+  // In shared memory, since the hot loop has no register for it. All threads set the same, with a barrier since it was
+  // last read; each sees at least what it has set itself.
+  __device__ __forceinline__ double epsilon() const { return *shared<double>(launched_.shared.epsilon); }
+  __device__ __forceinline__ void set_epsilon() const { *shared<double>(launched_.shared.epsilon) = schedule_.epsilon; }
+  // Of exponents, for powers of two.
+  __device__ __forceinline__ A scale() const { return static_cast<A>(1.4426950408889634 / epsilon()); }
+  // A problem's only part is known to be the first.
+  __device__ __forceinline__ int part() const { return kHeld ? 0 : part_; }
+  __device__ __forceinline__ int m() const { return static_cast<int>(args_.columns); }
+  __device__ __forceinline__ int first_row() const { return kHeld ? 0 : first_of(args_.rows, part()); }
+  __device__ __forceinline__ int rows_() const {
+    return kHeld ? static_cast<int>(args_.rows) : first_of(args_.rows, part() + 1) - first_row();
+  }
+  __device__ __forceinline__ int first_column() const { return kHeld ? 0 : first_of(args_.columns, part()); }
+  __device__ __forceinline__ int end_column() const { return kHeld ? m() : first_of(args_.columns, part() + 1); }
   __device__ __forceinline__ const A* cost() const {
     return static_cast<const A*>(args_.cost) + problem_ * args_.rows * args_.columns;
   }
@@ -843,7 +886,7 @@ class Part {
   __device__ __forceinline__ A* kernel() const { return shared<A>(launched_.shared.kernel); }
   __device__ __forceinline__ A* sums() const {
     if (kHeld || plan_.has_shared_sums) return shared<A>(launched_.shared.sums);
-    return all_sums() + at_line(part_, 0);
+    return all_sums() + at_line(part(), 0);
   }
 
   template <typename T>
@@ -861,12 +904,10 @@ class Part {
   const Launched<A>& launched_;
   const SinkhornArgs& args_;
   const Plan& plan_;
-  const int64_t problem_;
-  const int group_, part_, m_, first_row_, rows_;
+  const int problem_, group_, part_;
   unsigned expected_;
 
-  double epsilon_ = 1;
-  A scale_ = 1;
+  SinkhornSchedule schedule_{};
   double base_ = 0;  // potential around which the lane's row was formed
   int turn_ = 0, exchange_turn_ = 0, current_ = 0;
   A k_[kRows][kColumns];
@@ -878,7 +919,7 @@ template <typename A, bool kHeld>
 __global__ void __launch_bounds__(kMostThreads<A>) solve(const __grid_constant__ Launched<A> launched) {
   const int parts = launched.plan.parts, group = static_cast<int>(blockIdx.x) / parts;
   unsigned expected = 0;
-  for (int64_t problem = group; problem < launched.args.batch; problem += launched.plan.groups) {
+  for (int problem = group; problem < launched.args.batch; problem += launched.plan.groups) {
     Part<A, kHeld> part(launched, problem, group, static_cast<int>(blockIdx.x) % parts, expected);
     part.run();
     expected = part.expected();
@@ -904,7 +945,7 @@ __global__ void __launch_bounds__(kMostThreads<A>) step(const __grid_constant__ 
     return;
   }
   if (launched.is_done[problem] != 0) return;
-  part.set_epsilon(schedule.epsilon);
+  part.set_schedule(schedule);
   if constexpr (kStep == Step::rows) {
     part.template rows<true>();
     part.publish_sums();
@@ -916,7 +957,9 @@ __global__ void __launch_bounds__(kMostThreads<A>) step(const __grid_constant__ 
     if constexpr (kStep == Step::advance) {
       if (threadIdx.x != 0) return;
       const double error = static_cast<double>(verdict.error);
-      launched.is_done[problem] = schedule.advance(error) == SinkhornSchedule::Next::end;
+      const SinkhornSchedule::Next next = schedule.advance(launched.args, error);
+      if (next == SinkhornSchedule::Next::stage) schedule.begin_next_stage(launched.args, problem);
+      launched.is_done[problem] = next == SinkhornSchedule::Next::end;
       launched.args.error[problem] = error;
       launched.args.iterations[problem] = schedule.iterations;
     } else if (verdict.flags & kLost) {
@@ -947,6 +990,10 @@ class Planner {
       : args_(args),
         processors_(multiprocessor_count()),
         shared_(std::min<int64_t>(args.limits.shared_bytes, max_dynamic_shared())) {
+    if (args.max_iterations > INT32_MAX) {
+      throw std::invalid_argument("pyreg::sinkhorn: CUDA kernels make fewer than 2^31 iterations, got max_iter = " +
+                                  std::to_string(args.max_iterations));
+    }
     if (args.rows > kMost || args.columns > kMost || args.batch > kMost) {
       throw std::invalid_argument("pyreg::sinkhorn: CUDA kernels take at most 2^30 problems, rows and columns, got " +
                                   std::to_string(args.batch) + ", " + std::to_string(args.rows) + " and " +
