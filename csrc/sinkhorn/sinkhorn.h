@@ -104,8 +104,8 @@ struct SinkhornSchedule {
   // What follows on an iteration whose error is `error`.
   PYREG_HOST_DEVICE Next advance(const SinkhornArgs& args, double error) {
     ++iterations;
-    if (is_last) return iterations >= args.max_iterations || error <= args.tolerance ? Next::end : Next::iteration;
-    return iterations < stage_end ? Next::iteration : Next::stage;
+    if (iterations < stage_end && !(is_last && error <= args.tolerance)) return Next::iteration;
+    return is_last ? Next::end : Next::stage;
   }
 
   PYREG_HOST_DEVICE void begin_next_stage(const SinkhornArgs& args, int64_t problem) {
@@ -116,10 +116,10 @@ struct SinkhornSchedule {
   // The last iteration is made at the epsilon that was asked for, whatever stage has been reached: so is the error.
   PYREG_HOST_DEVICE void begin_stage(const SinkhornArgs& args, int64_t problem, double wanted) {
     const double last = args.epsilon[problem];
-    is_last = !(wanted > last) || iterations + 1 >= args.max_iterations;
+    const int32_t most = static_cast<int32_t>(args.max_iterations);
+    is_last = !(wanted > last) || iterations + 1 >= most;
     epsilon = is_last ? last : wanted;
-    const int32_t most = static_cast<int32_t>(args.max_iterations) - 1;
-    stage_end = iterations + kStageIterations < most ? iterations + kStageIterations : most;
+    stage_end = is_last ? most : iterations + kStageIterations < most ? iterations + kStageIterations : most - 1;
   }
 };
 

@@ -53,18 +53,19 @@ constexpr A kLeastSum = sizeof(A) == 4 ? A(1e-25) : A(1e-200);
 
 struct Plan {
   SinkhornWay way;
-  bool is_held;          // K is in registers
-  bool is_resident;      // in registers or shared memory
-  bool has_tile;         // else: a team's rows of K are in shared memory between their two uses
-  bool has_shared_sums;  // of columns over a part's rows
-  int parts, groups;     // blocks that share a problem, problems at a time
-  int threads, team;     // of a block, and of these those that share a row
-  int part_rows;         // the most rows of a part, rounded up to whole groups
-  int stride;            // of columns in workspace and shared memory: a multiple of 32
-  int stripes;           // of rows that a part's threads share out in the pass by log-sum-exp
-
-  __host__ __device__ int teams() const { return threads / team; }
-  __host__ __device__ int chunks() const { return (stride + kColumns * team - 1) / (kColumns * team); }
+  bool is_held;                 // K is in registers
+  bool is_resident;             // in registers or shared memory
+  bool has_tile;                // else: a team's rows of K are in shared memory between their two uses
+  bool has_shared_sums;         // of columns over a part's rows
+  int parts, groups;            // blocks that share a problem, problems at a time
+  int rows_each, columns_each;  // of a part
+  int part_rows;                // rows_each, rounded up to whole groups
+  int threads, teams;           // of a block
+  int log2_team;                // of the threads of a team
+  int rounds;                   // that the teams need for the part's rows
+  int stride;                   // of columns in workspace and shared memory: a multiple of 32
+  int chunks;                   // of a row: a team's columns at once
+  int stripes;                  // of rows that a part's threads share out in the pass by log-sum-exp
 };
 
 // A potential as one number of A and what that leaves.
@@ -113,13 +114,13 @@ struct SharedLayout {
     const bool is_in_shared = plan.is_resident && !plan.is_held;
     epsilon = take(true, sizeof(double));
     slots = take(true, 2 * kMostWarps * sizeof(Slot<A>));
-    exchange = take(plan.team > kWarpSize || plan.way != SinkhornWay::block, 2 * kMostWarps * 8 * sizeof(A));
-    sums = take(plan.has_shared_sums, plan.teams() * stride);
+    exchange =
+        take((1 << plan.log2_team) > kWarpSize || plan.way != SinkhornWay::block, 2 * kMostWarps * 8 * sizeof(A));
+    sums = take(plan.has_shared_sums, plan.teams * stride);
     scalings = take(plan.is_resident, 2 * stride);
     columns = take(plan.is_resident, 2 * stride);
     rows = take(plan.is_resident, plan.part_rows * static_cast<int64_t>(sizeof(RowState<A>)));
-    kernel =
-        take(is_in_shared || plan.has_tile, (is_in_shared ? plan.part_rows : plan.teams() * kRowsOf<false>)*stride);
+    kernel = take(is_in_shared || plan.has_tile, (is_in_shared ? plan.part_rows : plan.teams * kRowsOf<false>)*stride);
   }
 
  private:
@@ -234,30 +235,30 @@ class Part {
 
   // All iterations.
   __device__ __forceinline__ void run() {
-    schedule_.begin(args_, problem_);
+    schedule_.begin(args_, problem());
     set_epsilon();
     publish_column_potentials();
     barrier();
     bool must_form = true;
     A error = static_cast<A>(INFINITY);
     while (args_.max_iterations > 0) {
-      const bool has_scalings = iterate(must_form, error);
+      const Scalings scalings = iterate(must_form, error);
       const SinkhornSchedule::Next next = schedule_.advance(args_, static_cast<double>(error));
-      must_form = !has_scalings || next != SinkhornSchedule::Next::iteration;
-      if (has_scalings && must_form) {
+      must_form = scalings != Scalings::good || next != SinkhornSchedule::Next::iteration;
+      if (scalings != Scalings::none && must_form) {
         absorb();
         barrier();
       }
       if (next == SinkhornSchedule::Next::end) break;
       if (next == SinkhornSchedule::Next::stage) {
         schedule_.epsilon = epsilon();
-        schedule_.begin_next_stage(args_, problem_);
+        schedule_.begin_next_stage(args_, problem());
         set_epsilon();
       }
     }
     if (part() == 0 && threadIdx.x == 0) {
-      args_.error[problem_] = static_cast<double>(error);
-      args_.iterations[problem_] = schedule_.iterations;
+      args_.error[problem()] = static_cast<double>(error);
+      args_.iterations[problem()] = schedule_.iterations;
     }
     barrier();  // before the next problem takes the memory
   }
@@ -283,10 +284,10 @@ class Part {
   __device__ __forceinline__ void rows() {
     A error = 0;
     int32_t flags = 0;
-    const int rounds = kHeld ? 1 : (plan_.part_rows + kRows * plan_.teams() - 1) / (kRows * plan_.teams());
+    const int rounds = kHeld ? 1 : plan_.rounds;
 #pragma unroll 1
     for (int round = 0; round < rounds; ++round) {
-      const int first = (round * plan_.teams() + thread() / team()) * kRows;  // of the team's rows in the part
+      const int first = (round * plan_.teams + team_number()) * kRows;  // of the team's rows in the part
       const A u = kForms ? form_rows(first, error, flags) : scale_rows(first, error, flags);
       add_to_columns<kForms>(first, u, round == 0);
     }
@@ -384,14 +385,16 @@ class Part {
   }
 
  private:
-  // Whether scalings have come of it, around the potentials as they were: K goes on being of use.
-  __device__ __forceinline__ bool iterate(bool must_form, A& error) {
+  // Around the potentials as they were, what has come of an iteration: none, where the potentials themselves are new.
+  enum class Scalings { none, good, wide };
+
+  __device__ __forceinline__ Scalings iterate(bool must_form, A& error) {
     Verdict found{};
     if (!must_form) {
       found = half_iterations<false>();
       if (found.flags & kLost) {
         // The sums that were lost are found again on the cost, from the columns' potentials before.
-        absorb_columns();
+        absorb_columns(scalings_before());
         barrier();
         must_form = true;
       }
@@ -403,16 +406,10 @@ class Part {
       barrier();
       columns_by_log_sums();
       barrier();
-      return false;
+      return Scalings::none;
     }
-    if (!plan_.is_resident) return false;
-    current_ ^= 1;
-    if (found.flags & kWide) {
-      absorb();
-      barrier();
-      return false;
-    }
-    return true;
+    if (!plan_.is_resident) return Scalings::none;
+    return found.flags & kWide ? Scalings::wide : Scalings::good;
   }
 
   template <bool kForms>
@@ -431,8 +428,7 @@ class Part {
     publish_flags();
     barrier();
     if (plan_.is_resident) {
-      A* const next = scalings() + (current_ ^ 1) * plan_.stride;
-      for (int j = thread(); j < m(); j += threads()) next[j] = __ldcg(all_scalings() + j);
+      for (int j = thread(); j < m(); j += threads()) scalings_now()[j] = __ldcg(all_scalings() + j);
       __syncthreads();
     }
     return verdict();
@@ -486,14 +482,15 @@ class Part {
   // Returns the new scalings, in the lanes that look after each row.
   __device__ __forceinline__ A scale_rows(int first, A& error, int32_t& flags) {
     const int own = first + row_of_lane();
-    const A* const v = scalings() + current_ * plan_.stride;
+    const A* const v = scalings_before();
     A sums[kRows] = {};
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks(); ++chunk) {
       load(first, chunk);
+      const int column = column_of(chunk);
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
-        const int j = column_of(chunk, k);
+        const int j = column + k * team();
         const A scaling = j < plan_.stride ? v[j] : A(0);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) sums[r] += k_[r][k] * scaling;
@@ -531,7 +528,7 @@ class Part {
   }
 
   __device__ __forceinline__ void form(int first, double base, int chunk) {
-    const int column = kept_here(column_of(chunk, 0));
+    const int column = column_of(chunk);
     read_costs(first, column);
     A highs[kColumns], lows[kColumns];
 #pragma unroll
@@ -572,7 +569,7 @@ class Part {
     for (int r = 0; r < kRows; ++r) largest[r] = kNone;
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks(); ++chunk) {
-      const int column = kept_here(column_of(chunk, 0));
+      const int column = column_of(chunk);
       read_costs(first, column);
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
@@ -588,7 +585,7 @@ class Part {
   // u K, added to the columns' sums; where K has just been formed, that is K.
   template <bool kForms>
   __device__ __forceinline__ void add_to_columns(int first, A u, bool is_first) {
-    A* const own = sums() + thread() / team() * plan_.stride;
+    A* const own = sums() + team_number() * plan_.stride;
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks(); ++chunk) {
       if (chunks() > 1) {
@@ -610,9 +607,10 @@ class Part {
         }
       }
       if (kForms && plan_.is_resident && !kHeld) store(first, chunk);
+      const int column = column_of(chunk);
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
-        const int j = column_of(chunk, k);
+        const int j = column + k * team();
         if (j < plan_.stride) own[j] = is_first ? totals[k] : own[j] + totals[k];
       }
     }
@@ -671,11 +669,11 @@ class Part {
       if (!plan_.is_resident) return;
       if (is_wanted) flags |= flags_of(A(1), scaling);
       columns_()[j] = {factor(args_.column, index, before), static_cast<A>(args_.column.kappa(index, epsilon()))};
-    } else if (scalings()[current_ * plan_.stride + j] > 0) {
+    } else if (scalings_before()[j] > 0) {
       scaling = scaling_of(columns_()[j].factor, columns_()[j].kappa, sum);
       flags |= flags_of(sum, scaling);
     }
-    (is_alone() ? scalings() + (current_ ^ 1) * plan_.stride : all_scalings())[j] = scaling;
+    (is_alone() ? scalings_now() : all_scalings())[j] = scaling;
   }
 
   // ---- potentials and scalings ----
@@ -709,21 +707,21 @@ class Part {
         args_.row.potentials[row_index(i)] += epsilon() * log(static_cast<double>(scaling));
       }
     }
-    absorb_columns();
+    absorb_columns(scalings_now());
   }
 
-  __device__ __forceinline__ void absorb_columns() {
+  __device__ __forceinline__ void absorb_columns(const A* scalings) {
     for (int j = first_column() + thread(); j < end_column(); j += threads()) {
-      const A scaling = scalings()[current_ * plan_.stride + j];
+      const A scaling = scalings[j];
       if (scaling > 0) {
         set_column_potential(j, column_potential(j) + epsilon() * log(static_cast<double>(scaling)));
       }
     }
   }
 
-  __device__ __forceinline__ int64_t row_index(int i) const { return problem_ * args_.rows + first_row() + i; }
+  __device__ __forceinline__ int64_t row_index(int i) const { return problem() * args_.rows + first_row() + i; }
   __device__ __forceinline__ double row_potential(int i) const { return args_.row.potentials[row_index(i)]; }
-  __device__ __forceinline__ int64_t column_index(int j) const { return problem_ * args_.columns + j; }
+  __device__ __forceinline__ int64_t column_index(int j) const { return problem() * args_.columns + j; }
   __device__ __forceinline__ double column_potential(int j) const { return args_.column.potentials[column_index(j)]; }
   __device__ __forceinline__ void set_column_potential(int j, double potential) {
     args_.column.potentials[column_index(j)] = potential;
@@ -734,12 +732,12 @@ class Part {
 
   // Of row `first` and the lane's first column of the chunk.
   __device__ __forceinline__ A* entries(int first, int column) const {
-    return kernel() + (plan_.is_resident ? first : thread() / team() * kRows) * plan_.stride + column;
+    return kernel() + (plan_.is_resident ? first : team_number() * kRows) * plan_.stride + column;
   }
 
   __device__ __forceinline__ void load(int first, int chunk) {
     if constexpr (!kHeld) {
-      const int column = kept_here(column_of(chunk, 0));
+      const int column = column_of(chunk);
       const A* row = entries(first, column);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -753,7 +751,7 @@ class Part {
   }
 
   __device__ __forceinline__ void store(int first, int chunk) const {
-    const int column = kept_here(column_of(chunk, 0));
+    const int column = column_of(chunk);
     A* row = entries(first, column);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -790,7 +788,7 @@ class Part {
     exchange_turn_ ^= 1;  // while others still read the sums before
     if (lane() % kSpread == 0) there[warp() * kRows + row_of_lane()] = values[0];
     __syncthreads();
-    const int warps = team() / kWarpSize, first = warp() / warps * warps;
+    const int warps = team() / kWarpSize, first = warp() & -warps;
     A value = there[first * kRows + row_of_lane()];
     for (int w = 1; w < warps; ++w) value = combine(value, there[(first + w) * kRows + row_of_lane()]);
     return value;
@@ -799,7 +797,7 @@ class Part {
   __device__ __forceinline__ A sum_of_teams(int j) const {
     const A* const of_teams = sums() + j;
     A sum = of_teams[0];
-    for (int t = 1; t < plan_.teams(); ++t) sum += of_teams[t * plan_.stride];
+    for (int t = 1; t < plan_.teams; ++t) sum += of_teams[t * plan_.stride];
     return sum;
   }
 
@@ -824,25 +822,27 @@ class Part {
     if (is_alone()) {
       __syncthreads();
     } else {
-      group_barrier(launched_.arrivals + group_, plan_.parts, expected_);
+      group_barrier(launched_.arrivals + group(), plan_.parts, expected_);
     }
   }
 
   // ---- who is who ----
 
-  __device__ __forceinline__ static int thread() { return static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ static int thread() { return kept_here(static_cast<int>(threadIdx.x)); }
   __device__ __forceinline__ static int threads() { return static_cast<int>(blockDim.x); }
-  __device__ __forceinline__ static int lane() { return thread() % kWarpSize; }
-  __device__ __forceinline__ static int warp() { return thread() / kWarpSize; }
+  __device__ __forceinline__ static int lane() { return thread() & (kWarpSize - 1); }
+  __device__ __forceinline__ static int warp() { return thread() >> 5; }
   __device__ __forceinline__ static int row_of_lane() { return lane() / kSpread; }
-  __device__ __forceinline__ int team() const { return kHeld ? kWarpSize : plan_.team; }
-  __device__ __forceinline__ int chunks() const { return kHeld ? 1 : plan_.chunks(); }
+  __device__ __forceinline__ int log2_team() const { return kHeld ? 5 : plan_.log2_team; }
+  __device__ __forceinline__ int team() const { return 1 << log2_team(); }
+  __device__ __forceinline__ int team_number() const { return thread() >> log2_team(); }
+  __device__ __forceinline__ int team_rank() const { return thread() & (team() - 1); }
+  __device__ __forceinline__ int chunks() const { return kHeld ? 1 : plan_.chunks; }
   // Of the lanes that look after a row, in all warps of the team, one.
-  __device__ __forceinline__ bool leads() const { return thread() % team() < kWarpSize && lane() % kSpread == 0; }
+  __device__ __forceinline__ bool leads() const { return team_rank() < kWarpSize && lane() % kSpread == 0; }
   __device__ __forceinline__ bool is_alone() const { return kHeld || plan_.way == SinkhornWay::block; }
-  __device__ __forceinline__ int column_of(int chunk, int k) const {
-    return thread() % team() + (chunk * kColumns + k) * team();
-  }
+  // The lane's first column of a chunk; the others are a team apart.
+  __device__ __forceinline__ int column_of(int chunk) const { return team_rank() + chunk * kColumns * team(); }
   __device__ __forceinline__ int64_t at_line(int line, int j) const {
     return line * static_cast<int64_t>(plan_.stride) + j;
   }
@@ -855,17 +855,25 @@ class Part {
   __device__ __forceinline__ void set_epsilon() const { *shared<double>(launched_.shared.epsilon) = schedule_.epsilon; }
   // Of exponents, for powers of two.
   __device__ __forceinline__ A scale() const { return static_cast<A>(1.4426950408889634 / epsilon()); }
-  // A problem's only part is known to be the first.
+  // What need not be kept: with K in registers a block has one problem, and all of it.
+  __device__ __forceinline__ int problem() const { return kHeld ? static_cast<int>(blockIdx.x) : problem_; }
+  __device__ __forceinline__ int group() const { return kHeld ? static_cast<int>(blockIdx.x) : group_; }
   __device__ __forceinline__ int part() const { return kHeld ? 0 : part_; }
   __device__ __forceinline__ int m() const { return static_cast<int>(args_.columns); }
-  __device__ __forceinline__ int first_row() const { return kHeld ? 0 : first_of(args_.rows, part()); }
+  __device__ __forceinline__ int first_row() const { return kHeld ? 0 : part_ * plan_.rows_each; }
   __device__ __forceinline__ int rows_() const {
-    return kHeld ? static_cast<int>(args_.rows) : first_of(args_.rows, part() + 1) - first_row();
+    return kHeld ? static_cast<int>(args_.rows) : of_share(static_cast<int>(args_.rows), plan_.rows_each);
   }
-  __device__ __forceinline__ int first_column() const { return kHeld ? 0 : first_of(args_.columns, part()); }
-  __device__ __forceinline__ int end_column() const { return kHeld ? m() : first_of(args_.columns, part() + 1); }
+  __device__ __forceinline__ int first_column() const { return kHeld ? 0 : part_ * plan_.columns_each; }
+  __device__ __forceinline__ int end_column() const {
+    return kHeld ? m() : first_column() + of_share(m(), plan_.columns_each);
+  }
+  // How many of `count` things are this part's, if each has `share` and the last ones what is left.
+  __device__ __forceinline__ int of_share(int count, int share) const {
+    return min(max(count - part_ * share, 0), share);
+  }
   __device__ __forceinline__ const A* cost() const {
-    return static_cast<const A*>(args_.cost) + problem_ * args_.rows * args_.columns;
+    return static_cast<const A*>(args_.cost) + problem() * args_.rows * args_.columns;
   }
 
   // ---- memory: of the block, then of the group ----
@@ -878,7 +886,13 @@ class Part {
     return shared<Slot<A>>(launched_.shared.slots) + turn_ * kMostWarps;
   }
   __device__ __forceinline__ A* exchange() const { return shared<A>(launched_.shared.exchange); }
-  __device__ __forceinline__ A* scalings() const { return shared<A>(launched_.shared.scalings); }
+  // That an iteration finds, and those that it starts from.
+  __device__ __forceinline__ A* scalings_now() const {
+    return shared<A>(launched_.shared.scalings) + turn_ * plan_.stride;
+  }
+  __device__ __forceinline__ A* scalings_before() const {
+    return shared<A>(launched_.shared.scalings) + (turn_ ^ 1) * plan_.stride;
+  }
   __device__ __forceinline__ ColumnState<A>* columns_() const {
     return shared<ColumnState<A>>(launched_.shared.columns);
   }
@@ -891,7 +905,7 @@ class Part {
 
   template <typename T>
   __device__ __forceinline__ T* there(int64_t offset) const {
-    return reinterpret_cast<T*>(launched_.groups + group_ * launched_.there.needed + offset);
+    return reinterpret_cast<T*>(launched_.groups + group() * launched_.there.needed + offset);
   }
   __device__ __forceinline__ Split<A>* column_potentials() const { return there<Split<A>>(launched_.there.columns); }
   __device__ __forceinline__ A* all_scalings() const { return there<A>(launched_.there.scalings); }
@@ -908,8 +922,8 @@ class Part {
   unsigned expected_;
 
   SinkhornSchedule schedule_{};
-  double base_ = 0;  // potential around which the lane's row was formed
-  int turn_ = 0, exchange_turn_ = 0, current_ = 0;
+  double base_ = 0;                   // potential around which the lane's row was formed
+  int turn_ = 0, exchange_turn_ = 0;  // of what is there twice
   A k_[kRows][kColumns];
 };
 
@@ -917,6 +931,10 @@ class Part {
 
 template <typename A, bool kHeld>
 __global__ void __launch_bounds__(kMostThreads<A>) solve(const __grid_constant__ Launched<A> launched) {
+  if constexpr (kHeld) {
+    Part<A, kHeld>(launched, 0, 0, 0, 0).run();
+    return;
+  }
   const int parts = launched.plan.parts, group = static_cast<int>(blockIdx.x) / parts;
   unsigned expected = 0;
   for (int problem = group; problem < launched.args.batch; problem += launched.plan.groups) {
@@ -1029,7 +1047,7 @@ class Planner {
     Plan plan{};
     plan.way = SinkhornWay::block;
     plan.parts = 1;
-    plan.groups = static_cast<int>(std::min<int64_t>(args_.batch, 32 * processors_));  // several rounds: even shares
+    plan.groups = static_cast<int>(args_.batch);
     if (args_.limits.may_hold_in_registers && args_.columns <= kColumns * kWarpSize &&
         args_.rows <= kMostThreads<A> / kWarpSize * kRowsOf<true>) {
       plan.is_held = true;
@@ -1055,6 +1073,7 @@ class Planner {
     const int least = plan.is_resident ? plan.parts : 1;
     plan.groups = static_cast<int>(std::min<int64_t>(args_.batch, processors_ / least));
     plan.parts = std::min(processors_ / plan.groups, most);
+    plan.parts = static_cast<int>(divide_up(args_.rows, divide_up(args_.rows, plan.parts)));  // none without a row
     set_shape<false>(plan);
     if (!plan.is_resident || !make_resident(plan)) make_streaming(plan);
     return plan;
@@ -1074,11 +1093,20 @@ class Planner {
   template <bool kHeld>
   void set_shape(Plan& plan) const {
     constexpr int kRows = kRowsOf<kHeld>;
-    plan.part_rows = static_cast<int>(divide_up(divide_up(args_.rows, plan.parts), kRows) * kRows);
-    plan.team = kWarpSize;
-    while (plan.team < kMostThreads<A> && plan.team * kColumns < args_.columns) plan.team *= 2;
-    plan.threads = plan.team * std::min(kMostThreads<A> / plan.team, plan.part_rows / kRows);
+    plan.rows_each = static_cast<int>(divide_up(args_.rows, plan.parts));
+    plan.columns_each = static_cast<int>(divide_up(args_.columns, plan.parts));
+    plan.part_rows = static_cast<int>(divide_up(plan.rows_each, kRows) * kRows);
     plan.stride = static_cast<int>(divide_up(args_.columns, kWarpSize) * kWarpSize);
+    plan.log2_team = 5;
+    while ((1 << plan.log2_team) < kMostThreads<A> && kColumns << plan.log2_team < args_.columns) ++plan.log2_team;
+    plan.chunks = static_cast<int>(divide_up(plan.stride, kColumns << plan.log2_team));
+    set_teams(plan, std::min(kMostThreads<A> >> plan.log2_team, plan.part_rows / kRows), kRows);
+  }
+
+  static void set_teams(Plan& plan, int teams, int rows) {
+    plan.teams = teams;
+    plan.threads = teams << plan.log2_team;
+    plan.rounds = static_cast<int>(divide_up(plan.part_rows, rows * teams));
     plan.stripes = std::max(plan.threads / plan.stride, 1);
   }
 
@@ -1092,13 +1120,12 @@ class Planner {
   void make_streaming(Plan& plan) const {
     plan.is_resident = false;
     plan.has_shared_sums = true;
-    plan.has_tile = plan.chunks() > 1;
+    plan.has_tile = plan.chunks > 1;
     if (fits(plan)) return;
     plan.has_tile = false;
     if (fits(plan)) return;
     plan.has_shared_sums = false;
-    plan.threads = plan.team;
-    plan.stripes = std::max(plan.threads / plan.stride, 1);
+    set_teams(plan, 1, kRowsOf<false>);
   }
 
   bool fits(const Plan& plan) const { return SharedLayout<A>(plan).needed <= shared_; }
