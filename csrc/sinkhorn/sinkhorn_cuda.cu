@@ -87,7 +87,7 @@ struct alignas(2 * sizeof(A)) ColumnState {
 
 // Of a warp's rows and columns, or of a part's.
 template <typename A>
-struct Slot {
+struct alignas(16) Slot {
   A error;
   int32_t row_flags, column_flags;
 };
@@ -224,7 +224,8 @@ class Part {
 
  public:
   // `expected`: arrivals of the group at its barriers so far
-  __device__ __forceinline__ Part(const Launched<A>& launched, int problem, int group, int part, unsigned expected)
+  __device__ __forceinline__ Part(const Launched<A>& launched, unsigned problem, unsigned group, int part,
+                                  unsigned expected)
       : launched_(launched),
         args_(launched.args),
         plan_(launched.plan),
@@ -232,6 +233,11 @@ class Part {
         group_(group),
         part_(part),
         expected_(expected) {}
+
+  struct Verdict {
+    A error;
+    int32_t flags;
+  };
 
   // All iterations.
   __device__ __forceinline__ void run() {
@@ -291,9 +297,8 @@ class Part {
       const A u = kForms ? form_rows(first, error, flags) : scale_rows(first, error, flags);
       add_to_columns<kForms>(first, u, round == 0);
     }
-    error = group_sum<kWarpSize>(error);
-    flags = (__any_sync(kFullWarp, flags & kLost) ? kLost : 0) | (__any_sync(kFullWarp, flags & kWide) ? kWide : 0);
-    if (lane() == 0) slots()[warp()] = {error, flags, 0};
+    const Verdict of_warp = reduce(error, flags);
+    if (lane() == 0) slots()[warp()] = {of_warp.error, of_warp.flags, 0};
     __syncthreads();
   }
 
@@ -304,7 +309,7 @@ class Part {
       for (int j = thread(); j < m(); j += threads()) own[j] = sum_of_teams(j);
     }
     if (warp() == 0) {
-      const Verdict verdict = read_slots(slots(), threads() / kWarpSize);
+      const Verdict verdict = read_own_slots();
       if (lane() == 0) all_slots()[part()] = {verdict.error, verdict.flags, 0};
     }
   }
@@ -318,7 +323,7 @@ class Part {
     } else {
       columns_of_parts<kForms>(flags);
     }
-    flags = (__any_sync(kFullWarp, flags & kLost) ? kLost : 0) | (__any_sync(kFullWarp, flags & kWide) ? kWide : 0);
+    flags = flags_of_warp(flags);
     if (lane() == 0) slots()[warp()].column_flags = flags;
   }
 
@@ -326,21 +331,12 @@ class Part {
   __device__ __forceinline__ void publish_flags() {
     __syncthreads();
     if (warp() != 0) return;
-    const int32_t own = lane() < threads() / kWarpSize ? slots()[lane()].column_flags : 0;
-    const int32_t flags =
-        (__any_sync(kFullWarp, own & kLost) ? kLost : 0) | (__any_sync(kFullWarp, own & kWide) ? kWide : 0);
+    const int32_t flags = flags_of_warp(lane() < threads() >> 5 ? slots()[lane()].column_flags : 0);
     if (lane() == 0) all_slots()[part()].column_flags = flags;
   }
 
-  struct Verdict {
-    A error;
-    int32_t flags;
-  };
-
   // The same bits for every thread of the problem.
-  __device__ __forceinline__ Verdict verdict() const {
-    return is_alone() ? read_slots(slots(), threads() / kWarpSize) : read_slots(all_slots(), plan_.parts);
-  }
+  __device__ __forceinline__ Verdict verdict() const { return is_alone() ? read_own_slots() : read_all_slots(); }
 
   // Log-sum-exp for the columns over the part's rows, of their potentials. A thread has rows `stripes` apart; it keeps
   // the largest exponent so far and the sum relative to it.
@@ -801,16 +797,29 @@ class Part {
     return sum;
   }
 
-  __device__ __forceinline__ static Verdict read_slots(const Slot<A>* slots, int count) {
+  // Over the slots of this block's warps.
+  __device__ __forceinline__ Verdict read_own_slots() const {
+    const Slot<A> slot = lane() < (threads() >> 5) ? slots()[lane()] : Slot<A>{};
+    return reduce(slot.error, slot.row_flags | slot.column_flags);
+  }
+
+  __device__ __forceinline__ Verdict read_all_slots() const {
     A error = 0;
     int32_t flags = 0;
-    for (int i = lane(); i < count; i += kWarpSize) {
-      error += slots[i].error;
-      flags |= slots[i].row_flags | slots[i].column_flags;
+    for (int i = lane(); i < plan_.parts; i += kWarpSize) {
+      const Slot<A> slot = all_slots()[i];
+      error += slot.error;
+      flags |= slot.row_flags | slot.column_flags;
     }
-    error = group_sum<kWarpSize>(error);
-    flags = (__any_sync(kFullWarp, flags & kLost) ? kLost : 0) | (__any_sync(kFullWarp, flags & kWide) ? kWide : 0);
-    return {error, flags};
+    return reduce(error, flags);
+  }
+
+  // Over the warp.
+  __device__ __forceinline__ static Verdict reduce(A error, int32_t flags) {
+    return {group_sum<kWarpSize>(error), flags_of_warp(flags)};
+  }
+  __device__ __forceinline__ static int32_t flags_of_warp(int32_t flags) {
+    return (__any_sync(kFullWarp, flags & kLost) ? kLost : 0) | (__any_sync(kFullWarp, flags & kWide) ? kWide : 0);
   }
 
   // Where teams are warps, of the warp, else of the block.
@@ -856,8 +865,8 @@ class Part {
   // Of exponents, for powers of two.
   __device__ __forceinline__ A scale() const { return static_cast<A>(1.4426950408889634 / epsilon()); }
   // What need not be kept: with K in registers a block has one problem, and all of it.
-  __device__ __forceinline__ int problem() const { return kHeld ? static_cast<int>(blockIdx.x) : problem_; }
-  __device__ __forceinline__ int group() const { return kHeld ? static_cast<int>(blockIdx.x) : group_; }
+  __device__ __forceinline__ int64_t problem() const { return kHeld ? blockIdx.x : problem_; }
+  __device__ __forceinline__ int64_t group() const { return kHeld ? blockIdx.x : group_; }
   __device__ __forceinline__ int part() const { return kHeld ? 0 : part_; }
   __device__ __forceinline__ int m() const { return static_cast<int>(args_.columns); }
   __device__ __forceinline__ int first_row() const { return kHeld ? 0 : part_ * plan_.rows_each; }
@@ -918,7 +927,8 @@ class Part {
   const Launched<A>& launched_;
   const SinkhornArgs& args_;
   const Plan& plan_;
-  const int problem_, group_, part_;
+  const unsigned problem_, group_;
+  const int part_;
   unsigned expected_;
 
   SinkhornSchedule schedule_{};
@@ -935,10 +945,10 @@ __global__ void __launch_bounds__(kMostThreads<A>) solve(const __grid_constant__
     Part<A, kHeld>(launched, 0, 0, 0, 0).run();
     return;
   }
-  const int parts = launched.plan.parts, group = static_cast<int>(blockIdx.x) / parts;
+  const unsigned parts = launched.plan.parts, group = blockIdx.x / parts;
   unsigned expected = 0;
-  for (int problem = group; problem < launched.args.batch; problem += launched.plan.groups) {
-    Part<A, kHeld> part(launched, problem, group, static_cast<int>(blockIdx.x) % parts, expected);
+  for (unsigned problem = group; problem < launched.args.batch; problem += launched.plan.groups) {
+    Part<A, kHeld> part(launched, problem, group, static_cast<int>(blockIdx.x % parts), expected);
     part.run();
     expected = part.expected();
   }
@@ -949,10 +959,9 @@ enum class Step { begin, rows, columns, log_sums, columns_by_log_sums, advance }
 
 template <typename A, Step kStep>
 __global__ void __launch_bounds__(kMostThreads<A>) step(const __grid_constant__ Launched<A> launched) {
-  const int parts = kStep == Step::advance ? 1 : launched.plan.parts;  // blocks of a problem
-  const int problem = static_cast<int>(blockIdx.x) / parts;
+  const unsigned parts = kStep == Step::advance ? 1 : launched.plan.parts, problem = blockIdx.x / parts;
   SinkhornSchedule& schedule = launched.schedules[problem];
-  Part<A, false> part(launched, problem, problem, static_cast<int>(blockIdx.x) % parts, 0);
+  Part<A, false> part(launched, problem, problem, static_cast<int>(blockIdx.x % parts), 0);
   if constexpr (kStep == Step::begin) {
     part.publish_column_potentials();
     if (blockIdx.x % parts != 0 || threadIdx.x != 0) return;
