@@ -91,6 +91,15 @@ struct alignas(16) Slot {
   A error;
   int32_t row_flags, column_flags;
 };
+// Of a block. In shared memory, since the hot loops have no registers for it. All threads set the same, with a barrier
+// since it was last read; each sees at least what it has set itself.
+struct Here {
+  double epsilon;
+  unsigned problem, group;
+  unsigned expected;  // arrivals of the group at its next barrier: the first thread's alone
+  int part;
+};
+
 enum Flag : int32_t { kLost = 1, kWide = 2 };
 
 inline int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
@@ -99,7 +108,7 @@ inline int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 // twice.
 template <typename A>
 struct SharedLayout {
-  int epsilon;
+  int here;        // Here
   int slots;       // [2, kMostWarps] Slot
   int exchange;    // [2, kMostWarps, kRows]
   int sums;        // [teams, stride] of columns
@@ -112,7 +121,7 @@ struct SharedLayout {
   explicit SharedLayout(const Plan& plan) : needed(0) {
     const int64_t stride = plan.stride * static_cast<int64_t>(sizeof(A));
     const bool is_in_shared = plan.is_resident && !plan.is_held;
-    epsilon = take(true, sizeof(double));
+    here = take(true, sizeof(Here));
     slots = take(true, 2 * kMostWarps * sizeof(Slot<A>));
     exchange =
         take((1 << plan.log2_team) > kWarpSize || plan.way != SinkhornWay::block, 2 * kMostWarps * 8 * sizeof(A));
@@ -223,16 +232,11 @@ class Part {
   static constexpr A kNone = -static_cast<A>(INFINITY);
 
  public:
-  // `expected`: arrivals of the group at its barriers so far
-  __device__ __forceinline__ Part(const Launched<A>& launched, unsigned problem, unsigned group, int part,
-                                  unsigned expected)
-      : launched_(launched),
-        args_(launched.args),
-        plan_(launched.plan),
-        problem_(problem),
-        group_(group),
-        part_(part),
-        expected_(expected) {}
+  // The first problem of this block's.
+  __device__ __forceinline__ Part(const Launched<A>& launched, unsigned problem, unsigned group, int part)
+      : launched_(launched), args_(launched.args), plan_(launched.plan) {
+    here() = {0, problem, group, 0, part};
+  }
 
   struct Verdict {
     A error;
@@ -266,10 +270,19 @@ class Part {
       args_.error[problem()] = static_cast<double>(error);
       args_.iterations[problem()] = schedule_.iterations;
     }
-    barrier();  // before the next problem takes the memory
   }
 
-  __device__ __forceinline__ unsigned expected() const { return expected_; }
+  __device__ __forceinline__ void run_all() {
+#pragma unroll 1
+    while (true) {
+      run();
+      if (kHeld || problem() + plan_.groups >= args_.batch) return;
+      barrier();  // before the next problem takes the memory
+      const unsigned next = static_cast<unsigned>(problem()) + plan_.groups;
+      __syncthreads();
+      here().problem = next;
+    }
+  }
 
   // ---- the steps of an iteration ----
 
@@ -831,7 +844,7 @@ class Part {
     if (is_alone()) {
       __syncthreads();
     } else {
-      group_barrier(launched_.arrivals + group(), plan_.parts, expected_);
+      group_barrier(launched_.arrivals + group(), plan_.parts, here().expected);
     }
   }
 
@@ -858,28 +871,27 @@ class Part {
   __device__ __forceinline__ int first_of(int64_t count, int part) const {
     return static_cast<int>(count * part / plan_.parts);
   }
-  // In shared memory, since the hot loop has no register for it. All threads set the same, with a barrier since it was
-  // last read; each sees at least what it has set itself.
-  __device__ __forceinline__ double epsilon() const { return *shared<double>(launched_.shared.epsilon); }
-  __device__ __forceinline__ void set_epsilon() const { *shared<double>(launched_.shared.epsilon) = schedule_.epsilon; }
+  __device__ __forceinline__ Here& here() const { return *shared<Here>(launched_.shared.here); }
+  __device__ __forceinline__ double epsilon() const { return here().epsilon; }
+  __device__ __forceinline__ void set_epsilon() const { here().epsilon = schedule_.epsilon; }
   // Of exponents, for powers of two.
   __device__ __forceinline__ A scale() const { return static_cast<A>(1.4426950408889634 / epsilon()); }
-  // What need not be kept: with K in registers a block has one problem, and all of it.
-  __device__ __forceinline__ int64_t problem() const { return kHeld ? blockIdx.x : problem_; }
-  __device__ __forceinline__ int64_t group() const { return kHeld ? blockIdx.x : group_; }
-  __device__ __forceinline__ int part() const { return kHeld ? 0 : part_; }
+  // With K in registers a block has one problem, and all of it.
+  __device__ __forceinline__ int64_t problem() const { return kHeld ? blockIdx.x : here().problem; }
+  __device__ __forceinline__ int64_t group() const { return kHeld ? blockIdx.x : here().group; }
+  __device__ __forceinline__ int part() const { return kHeld ? 0 : here().part; }
   __device__ __forceinline__ int m() const { return static_cast<int>(args_.columns); }
-  __device__ __forceinline__ int first_row() const { return kHeld ? 0 : part_ * plan_.rows_each; }
+  __device__ __forceinline__ int first_row() const { return kHeld ? 0 : part() * plan_.rows_each; }
   __device__ __forceinline__ int rows_() const {
     return kHeld ? static_cast<int>(args_.rows) : of_share(static_cast<int>(args_.rows), plan_.rows_each);
   }
-  __device__ __forceinline__ int first_column() const { return kHeld ? 0 : part_ * plan_.columns_each; }
+  __device__ __forceinline__ int first_column() const { return kHeld ? 0 : part() * plan_.columns_each; }
   __device__ __forceinline__ int end_column() const {
     return kHeld ? m() : first_column() + of_share(m(), plan_.columns_each);
   }
   // How many of `count` things are this part's, if each has `share` and the last ones what is left.
   __device__ __forceinline__ int of_share(int count, int share) const {
-    return min(max(count - part_ * share, 0), share);
+    return min(max(count - part() * share, 0), share);
   }
   __device__ __forceinline__ const A* cost() const {
     return static_cast<const A*>(args_.cost) + problem() * args_.rows * args_.columns;
@@ -927,9 +939,6 @@ class Part {
   const Launched<A>& launched_;
   const SinkhornArgs& args_;
   const Plan& plan_;
-  const unsigned problem_, group_;
-  const int part_;
-  unsigned expected_;
 
   SinkhornSchedule schedule_{};
   double base_ = 0;                   // potential around which the lane's row was formed
@@ -941,17 +950,8 @@ class Part {
 
 template <typename A, bool kHeld>
 __global__ void __launch_bounds__(kMostThreads<A>) solve(const __grid_constant__ Launched<A> launched) {
-  if constexpr (kHeld) {
-    Part<A, kHeld>(launched, 0, 0, 0, 0).run();
-    return;
-  }
   const unsigned parts = launched.plan.parts, group = blockIdx.x / parts;
-  unsigned expected = 0;
-  for (unsigned problem = group; problem < launched.args.batch; problem += launched.plan.groups) {
-    Part<A, kHeld> part(launched, problem, group, static_cast<int>(blockIdx.x % parts), expected);
-    part.run();
-    expected = part.expected();
-  }
+  Part<A, kHeld>(launched, group, group, static_cast<int>(blockIdx.x % parts)).run_all();
 }
 
 // Way by launches: a grid of parts for each problem, and each step for all of them.
@@ -961,7 +961,7 @@ template <typename A, Step kStep>
 __global__ void __launch_bounds__(kMostThreads<A>) step(const __grid_constant__ Launched<A> launched) {
   const unsigned parts = kStep == Step::advance ? 1 : launched.plan.parts, problem = blockIdx.x / parts;
   SinkhornSchedule& schedule = launched.schedules[problem];
-  Part<A, false> part(launched, problem, problem, static_cast<int>(blockIdx.x % parts), 0);
+  Part<A, false> part(launched, problem, problem, static_cast<int>(blockIdx.x % parts));
   if constexpr (kStep == Step::begin) {
     part.publish_column_potentials();
     if (blockIdx.x % parts != 0 || threadIdx.x != 0) return;
