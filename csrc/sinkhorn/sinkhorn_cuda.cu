@@ -262,6 +262,7 @@ class Part {
       if (next == SinkhornSchedule::Next::end) break;
       if (next == SinkhornSchedule::Next::stage) {
         schedule_.epsilon = epsilon();
+        __syncthreads();
         schedule_.begin_next_stage(args_, problem());
         set_epsilon();
       }

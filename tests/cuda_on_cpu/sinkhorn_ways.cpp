@@ -1,4 +1,5 @@
 // Calls Sinkhorn's CUDA kernels with each way to use the device forced. All arrays are as in SinkhornArgs.
+#include <algorithm>
 #include <memory>
 
 #include "exported.h"
@@ -16,3 +17,6 @@ PYREG_EXPORT const char* run_sinkhorn(SinkhornArgs* args) {
     cuda::sinkhorn(*args);
   });
 }
+
+// By which one tells what way has been chosen.
+PYREG_EXPORT int64_t sinkhorn_workspace_bytes(SinkhornArgs* args) { return cuda::sinkhorn_workspace(*args); }

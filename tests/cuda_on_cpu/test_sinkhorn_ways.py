@@ -82,6 +82,7 @@ def library(device: torch.device) -> ctypes.CDLL:
     sources = (CSRC / "sinkhorn" / "sinkhorn_cuda.cu", HERE / "sinkhorn_ways.cpp")
     library = ctypes.CDLL(str(build_library("sinkhorn_ways", sources)))
     library.run_sinkhorn.restype = ctypes.c_char_p
+    library.sinkhorn_workspace_bytes.restype = ctypes.c_int64
     library.pyreg_emulation_set_thread_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
     library.pyreg_emulation_set_thread_order(*ORDERS[2])
     return library
@@ -90,8 +91,8 @@ def library(device: torch.device) -> ctypes.CDLL:
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def solve(library: ctypes.CDLL, way: Way, *arguments: Any) -> Result:
-    """The arguments and results of ``pyreg::sinkhorn``."""
+def prepare(way: Way, arguments: list[Any]) -> tuple[Args, Result]:
+    """The kernels' arguments, and where their results will be, from the arguments of ``pyreg::sinkhorn``."""
     cost, a, b, log_a, log_b, rho_a, rho_b, epsilon, first, factor, is_counting, max_iter, tol, initial = arguments
     batch, n, m = cost.shape
     f, g = torch.zeros_like(log_a), initial.clone()
@@ -107,10 +108,15 @@ def solve(library: ctypes.CDLL, way: Way, *arguments: Any) -> Result:
         *(is_counting, pointer(epsilon), pointer(first), factor, max_iter, tol, pointer(error), pointer(iterations)),
         *(way.way, way.shared_bytes, way.may_hold_in_registers, None, None),
     )
+    return args, (f, g, error, iterations)
+
+
+def solve(library: ctypes.CDLL, way: Way, arguments: list[Any]) -> Result:
+    args, result = prepare(way, arguments)
     message = library.run_sinkhorn(ctypes.byref(args))
     if message is not None:
         raise RuntimeError(message.decode())
-    return f, g, error, iterations
+    return result
 
 
 def weights_of(*shape: int) -> Tensor:
@@ -165,7 +171,7 @@ def check(actual: Result, expected: Result, epsilon: float, dtype: torch.dtype) 
     assert torch.equal(actual[3], expected[3])
 
 
-SIZES = [(2, 5, 7), (1, 40, 50), (7, 3, 1), (1, 1, 40), (2, 33, 129)]
+SIZES = [(2, 5, 7), (1, 40, 50), (7, 3, 1), (1, 1, 40), (4, 33, 129)]
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32], ids=["float64", "float32"])
@@ -174,4 +180,113 @@ SIZES = [(2, 5, 7), (1, 40, 50), (7, 3, 1), (1, 1, 40), (2, 33, 129)]
 def test_ways(library: ctypes.CDLL, way: str, kind: str, dtype: torch.dtype) -> None:
     for (batch, n, m), is_counting in zip(SIZES, itertools.cycle((False, True))):
         arguments = problem(batch, n, m, kind=kind, is_counting=is_counting, dtype=dtype, max_iter=12)
-        check(solve(library, WAYS[way], *arguments), in_float64(arguments), 0.05, dtype)
+        check(solve(library, WAYS[way], arguments), in_float64(arguments), 0.05, dtype)
+
+
+@pytest.mark.parametrize("epsilon", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("way", WAYS)
+def test_float32_at_small_epsilon(library: ctypes.CDLL, way: str, epsilon: float) -> None:
+    """Within 1e-5 of the costs' range, iteration by iteration, through all stages of epsilon."""
+    arguments = problem(1, 20, 40, dtype=torch.float32, epsilon=epsilon, first=1.0, max_iter=60, tol=0.0)
+    x, y = torch.rand(20, 2), torch.rand(40, 2)
+    arguments[0] = torch.cdist(x, y).square().unsqueeze(0)
+    arguments[0] /= arguments[0].max()
+    actual, expected = solve(library, WAYS[way], arguments), in_float64(arguments)
+    for potentials, truth in zip(actual[:2], expected[:2], strict=True):
+        torch.testing.assert_close(potentials, truth, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual[2], expected[2], rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("kind", ["balanced", "unbalanced"])
+@pytest.mark.parametrize("way", WAYS)
+def test_sums_out_of_range(library: ctypes.CDLL, way: str, kind: str, dtype: torch.dtype) -> None:
+    """Potentials that start thousands of epsilon off: rows are formed around their largest entries, columns go by
+    log-sum-exp, and scalings are absorbed again and again."""
+    arguments = problem(2, 20, 40, kind=kind, dtype=dtype, epsilon=3e-4, first=3e-4, max_iter=40, tol=0.0)
+    arguments[-1] = torch.where(arguments[2] > 0, 2 * torch.rand(2, 40, dtype=DOUBLE), -INF)
+    actual, expected = solve(library, WAYS[way], arguments), in_float64(arguments)
+    for potentials, truth in zip(actual[:2], expected[:2], strict=True):
+        # Each iteration adds the rounding of exponents in the thousands.
+        torch.testing.assert_close(potentials, truth, rtol=0, atol=1e-11 if dtype == DOUBLE else 5e-6)
+
+
+LONG_ROWS = {
+    "block, K in shared memory": Way(BLOCK),
+    "block, rows in shared memory": Way(BLOCK, 160_000),
+    "block, rows formed twice": Way(BLOCK, 20_000),
+    "block, sums in memory": Way(BLOCK, 3000),
+    "grid, K in shared memory": Way(GRID),
+    "grid, rows formed twice": Way(GRID, 20_000),
+    "grid, sums in memory": Way(GRID, 3000),
+    "launches": Way(LAUNCHES, 20_000),
+}
+
+
+@pytest.mark.parametrize(("dtype", "m"), [(DOUBLE, 1030), (torch.float32, 2100)], ids=["float64", "float32"])
+@pytest.mark.parametrize("way", LONG_ROWS)
+def test_rows_longer_than_a_team(library: ctypes.CDLL, way: str, dtype: torch.dtype, m: int) -> None:
+    arguments = problem(1, 17, m, kind="an entry each", dtype=dtype, max_iter=5)
+    check(solve(library, LONG_ROWS[way], arguments), in_float64(arguments), 0.05, dtype)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_same_bits_in_every_order_of_threads(library: ctypes.CDLL, way: str) -> None:
+    arguments = problem(4, 21, 70, kind="an entry each", dtype=torch.float32, epsilon=1e-2, first=0.5, max_iter=15)
+    results = []
+    for order in ORDERS:
+        library.pyreg_emulation_set_thread_order(*order)
+        results.append(solve(library, WAYS[way], arguments))
+    library.pyreg_emulation_set_thread_order(*ORDERS[2])
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_iteration_and_none(library: ctypes.CDLL, way: str) -> None:
+    arguments = problem(2, 6, 9, first=1.0, max_iter=1)
+    check(solve(library, WAYS[way], arguments), in_float64(arguments), 0.05, DOUBLE)
+    arguments[-3] = 0
+    f, g, error, iterations = solve(library, WAYS[way], arguments)
+    assert torch.equal(g, arguments[-1])
+    assert f.abs().max() == 0
+    assert (error == INF).all()
+    assert (iterations == 0).all()
+
+
+def test_problems_that_end_at_different_times(library: ctypes.CDLL) -> None:
+    arguments = problem(6, 12, 20, max_iter=200, tol=1e-8)
+    arguments[7] = torch.tensor([1.0, 0.03, 0.3, 0.05, 0.1, 0.02], dtype=DOUBLE)
+    expected = in_float64(arguments)
+    assert len(set(expected[3].tolist())) > 3
+    for way in WAYS.values():
+        check(solve(library, way, arguments), expected, 0.05, DOUBLE)
+
+
+@pytest.mark.parametrize(
+    ("batch", "n", "m", "chosen"),
+    [
+        (1, 128, 128, Way(BLOCK, may_hold_in_registers=True)),
+        (100, 128, 128, Way(BLOCK, may_hold_in_registers=True)),
+        (1, 200, 200, Way(BLOCK)),  # K in shared memory
+        (1, 250, 250, Way(BLOCK)),  # streaming takes less than two barriers
+        (1, 400, 400, Way(GRID)),
+        (1, 1000, 1000, Way(GRID)),
+        (300, 400, 400, Way(BLOCK)),
+    ],
+)
+def test_the_fastest_way(library: ctypes.CDLL, batch: int, n: int, m: int, chosen: Way) -> None:
+    """On the emulated device of 3 multiprocessors; ways have workspaces of different sizes."""
+
+    def workspace(way: Way) -> int:
+        args = prepare(way, problem(1, 1, 1, dtype=torch.float32))[0]
+        args.batch, args.rows, args.columns = batch, n, m
+        return int(library.sinkhorn_workspace_bytes(ctypes.byref(args)))
+
+    assert workspace(Way(FASTEST, may_hold_in_registers=True)) == workspace(chosen)
+    assert workspace(Way(BLOCK if chosen.way == GRID else GRID)) != workspace(chosen)
+
+
+def test_too_many_iterations_is_an_error(library: ctypes.CDLL) -> None:
+    with pytest.raises(RuntimeError, match=r"pyreg::sinkhorn: CUDA kernels make fewer than 2\^31 iterations, got max"):
+        solve(library, WAYS["launches"], problem(1, 2, 2, max_iter=1 << 31))
