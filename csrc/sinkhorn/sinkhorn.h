@@ -85,41 +85,38 @@ struct SinkhornArgs {
   }
 };
 
-// Where a problem stands in its stages of epsilon.
+// A problem's stage of epsilon. `iterations` is always how many it has made.
 struct SinkhornSchedule {
   enum class Next { iteration, stage, end };
 
   double epsilon;
-  int32_t iterations, stage_end;  // max_iterations is below 2^31
+  int32_t end;  // of the stage, in iterations; max_iterations is below 2^31
   bool is_last;
 
   // Of each stage but the last, whose end is the tolerance or the last iteration of all.
   static constexpr int32_t kStageIterations = 3;
 
-  PYREG_HOST_DEVICE void begin(const SinkhornArgs& args, int64_t problem) {
-    iterations = 0;
-    begin_stage(args, problem, args.first_epsilon[problem]);
+  PYREG_HOST_DEVICE static SinkhornSchedule first(const SinkhornArgs& args, int64_t problem) {
+    return stage(args, problem, args.first_epsilon[problem], 0);
+  }
+  PYREG_HOST_DEVICE SinkhornSchedule after(const SinkhornArgs& args, int64_t problem, int32_t iterations) const {
+    return stage(args, problem, epsilon * args.epsilon_factor, iterations);
   }
 
   // What follows on an iteration whose error is `error`.
-  PYREG_HOST_DEVICE Next advance(const SinkhornArgs& args, double error) {
-    ++iterations;
-    if (iterations < stage_end && !(is_last && error <= args.tolerance)) return Next::iteration;
+  PYREG_HOST_DEVICE Next next(const SinkhornArgs& args, int32_t iterations, double error) const {
+    if (iterations < end && !(is_last && error <= args.tolerance)) return Next::iteration;
     return is_last ? Next::end : Next::stage;
-  }
-
-  PYREG_HOST_DEVICE void begin_next_stage(const SinkhornArgs& args, int64_t problem) {
-    begin_stage(args, problem, epsilon * args.epsilon_factor);
   }
 
  private:
   // The last iteration is made at the epsilon that was asked for, whatever stage has been reached: so is the error.
-  PYREG_HOST_DEVICE void begin_stage(const SinkhornArgs& args, int64_t problem, double wanted) {
+  PYREG_HOST_DEVICE static SinkhornSchedule stage(const SinkhornArgs& args, int64_t problem, double wanted,
+                                                  int32_t iterations) {
     const double last = args.epsilon[problem];
     const int32_t most = static_cast<int32_t>(args.max_iterations);
-    is_last = !(wanted > last) || iterations + 1 >= most;
-    epsilon = is_last ? last : wanted;
-    stage_end = is_last ? most : iterations + kStageIterations < most ? iterations + kStageIterations : most - 1;
+    if (!(wanted > last) || iterations + 1 >= most) return {last, most, true};
+    return {wanted, iterations + kStageIterations < most ? iterations + kStageIterations : most - 1, false};
   }
 };
 

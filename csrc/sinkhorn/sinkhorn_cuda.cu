@@ -94,7 +94,7 @@ struct alignas(16) Slot {
 // Of a block. In shared memory, since the hot loops have no registers for it. All threads set the same, with a barrier
 // since it was last read; each sees at least what it has set itself.
 struct Here {
-  double epsilon;
+  SinkhornSchedule schedule;
   unsigned problem, group;
   unsigned expected;  // arrivals of the group at its next barrier: the first thread's alone
   int part;
@@ -232,10 +232,12 @@ class Part {
   static constexpr A kNone = -static_cast<A>(INFINITY);
 
  public:
+  using Next = SinkhornSchedule::Next;
+
   // The first problem of this block's.
   __device__ __forceinline__ Part(const Launched<A>& launched, unsigned problem, unsigned group, int part)
       : launched_(launched), args_(launched.args), plan_(launched.plan) {
-    here() = {0, problem, group, 0, part};
+    here() = {{}, problem, group, 0, part};
   }
 
   struct Verdict {
@@ -245,31 +247,30 @@ class Part {
 
   // All iterations.
   __device__ __forceinline__ void run() {
-    schedule_.begin(args_, problem());
-    set_epsilon();
+    set_schedule(SinkhornSchedule::first(args_, problem()));
     publish_column_potentials();
     barrier();
     bool must_form = true;
     A error = static_cast<A>(INFINITY);
+    int32_t iterations = 0;
     while (args_.max_iterations > 0) {
       const Scalings scalings = iterate(must_form, error);
-      const SinkhornSchedule::Next next = schedule_.advance(args_, static_cast<double>(error));
-      must_form = scalings != Scalings::good || next != SinkhornSchedule::Next::iteration;
+      const Next next = here().schedule.next(args_, ++iterations, static_cast<double>(error));
+      must_form = scalings != Scalings::good || next != Next::iteration;
       if (scalings != Scalings::none && must_form) {
         absorb();
         barrier();
       }
-      if (next == SinkhornSchedule::Next::end) break;
-      if (next == SinkhornSchedule::Next::stage) {
-        schedule_.epsilon = epsilon();
+      if (next == Next::end) break;
+      if (next == Next::stage) {
+        const SinkhornSchedule stage = here().schedule.after(args_, problem(), iterations);
         __syncthreads();
-        schedule_.begin_next_stage(args_, problem());
-        set_epsilon();
+        set_schedule(stage);
       }
     }
     if (part() == 0 && threadIdx.x == 0) {
       args_.error[problem()] = static_cast<double>(error);
-      args_.iterations[problem()] = schedule_.iterations;
+      args_.iterations[problem()] = iterations;
     }
   }
 
@@ -287,11 +288,7 @@ class Part {
 
   // ---- the steps of an iteration ----
 
-  // Of a launch that makes one step.
-  __device__ __forceinline__ void set_schedule(const SinkhornSchedule& schedule) {
-    schedule_ = schedule;
-    set_epsilon();
-  }
+  __device__ __forceinline__ void set_schedule(const SinkhornSchedule& schedule) const { here().schedule = schedule; }
 
   __device__ __forceinline__ void publish_column_potentials() {
     for (int j = first_column() + thread(); j < end_column(); j += threads()) {
@@ -873,8 +870,7 @@ class Part {
     return static_cast<int>(count * part / plan_.parts);
   }
   __device__ __forceinline__ Here& here() const { return *shared<Here>(launched_.shared.here); }
-  __device__ __forceinline__ double epsilon() const { return here().epsilon; }
-  __device__ __forceinline__ void set_epsilon() const { here().epsilon = schedule_.epsilon; }
+  __device__ __forceinline__ double epsilon() const { return here().schedule.epsilon; }
   // Of exponents, for powers of two.
   __device__ __forceinline__ A scale() const { return static_cast<A>(1.4426950408889634 / epsilon()); }
   // With K in registers a block has one problem, and all of it.
@@ -941,7 +937,6 @@ class Part {
   const SinkhornArgs& args_;
   const Plan& plan_;
 
-  SinkhornSchedule schedule_{};
   double base_ = 0;                   // potential around which the lane's row was formed
   int turn_ = 0, exchange_turn_ = 0;  // of what is there twice
   A k_[kRows][kColumns];
@@ -950,7 +945,7 @@ class Part {
 // ---- kernels ----
 
 template <typename A, bool kHeld>
-__global__ void __launch_bounds__(kMostThreads<A>) solve(const __grid_constant__ Launched<A> launched) {
+__global__ void __launch_bounds__(kMostThreads<A>, 1) solve(const __grid_constant__ Launched<A> launched) {
   const unsigned parts = launched.plan.parts, group = blockIdx.x / parts;
   Part<A, kHeld>(launched, group, group, static_cast<int>(blockIdx.x % parts)).run_all();
 }
@@ -959,14 +954,14 @@ __global__ void __launch_bounds__(kMostThreads<A>) solve(const __grid_constant__
 enum class Step { begin, rows, columns, log_sums, columns_by_log_sums, advance };
 
 template <typename A, Step kStep>
-__global__ void __launch_bounds__(kMostThreads<A>) step(const __grid_constant__ Launched<A> launched) {
+__global__ void __launch_bounds__(kMostThreads<A>, 1) step(const __grid_constant__ Launched<A> launched) {
   const unsigned parts = kStep == Step::advance ? 1 : launched.plan.parts, problem = blockIdx.x / parts;
   SinkhornSchedule& schedule = launched.schedules[problem];
   Part<A, false> part(launched, problem, problem, static_cast<int>(blockIdx.x % parts));
   if constexpr (kStep == Step::begin) {
     part.publish_column_potentials();
     if (blockIdx.x % parts != 0 || threadIdx.x != 0) return;
-    schedule.begin(launched.args, problem);
+    schedule = SinkhornSchedule::first(launched.args, problem);
     launched.is_done[problem] = launched.args.max_iterations <= 0;
     launched.args.error[problem] = INFINITY;
     launched.args.iterations[problem] = 0;
@@ -985,11 +980,11 @@ __global__ void __launch_bounds__(kMostThreads<A>) step(const __grid_constant__ 
     if constexpr (kStep == Step::advance) {
       if (threadIdx.x != 0) return;
       const double error = static_cast<double>(verdict.error);
-      const SinkhornSchedule::Next next = schedule.advance(launched.args, error);
-      if (next == SinkhornSchedule::Next::stage) schedule.begin_next_stage(launched.args, problem);
+      const int32_t iterations = static_cast<int32_t>(++launched.args.iterations[problem]);
+      const SinkhornSchedule::Next next = schedule.next(launched.args, iterations, error);
+      if (next == SinkhornSchedule::Next::stage) schedule = schedule.after(launched.args, problem, iterations);
       launched.is_done[problem] = next == SinkhornSchedule::Next::end;
       launched.args.error[problem] = error;
-      launched.args.iterations[problem] = schedule.iterations;
     } else if (verdict.flags & kLost) {
       if constexpr (kStep == Step::log_sums) part.log_sums_of_part();
       if constexpr (kStep == Step::columns_by_log_sums) part.columns_by_log_sums();
