@@ -50,7 +50,7 @@ struct Split {
 };
 
 template <typename A>
-struct alignas(4 * sizeof(A)) RowState {
+struct alignas(16) RowState {
   A scaling, factor, kappa, weight;  // u_i = factor s_i^-kappa
 };
 template <typename A>
