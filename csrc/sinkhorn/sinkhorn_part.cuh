@@ -343,7 +343,7 @@ class Part {
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
         const int j = column + k * team();
-        const A scaling = j < plan_.stride ? v[j] : A(0);
+        const A scaling = j < m() ? v[j] : A(0);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) sums[r] += k_[r][k] * scaling;
       }
