@@ -122,6 +122,29 @@ __device__ __forceinline__ T* dynamic_shared() {
 // Waits for every thread of the grid and makes their writes visible. Cooperative launches only.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
+// The same for `blocks` blocks of a cooperative launch that share `arrivals`, 0 at its beginning. `expected` is each
+// block's own, from barrier to barrier: 0 before the first; its first thread alone uses it. Counts may wrap around.
+__device__ __forceinline__ void group_barrier(unsigned* arrivals, unsigned blocks, unsigned& expected) {
+#if defined(PYREG_CUDA_EMULATION)
+  (void)expected;
+  pyreg_emulation::group_barrier(arrivals, blocks, {__FILE__, __LINE__});
+#else
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    // What the block has written is seen by whoever sees its arrival, for the barrier and the release build on each
+    // other; so do the acquire and the barrier after it.
+    unsigned arrived;
+    asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;" : "=r"(arrived) : "l"(arrivals) : "memory");
+    ++arrived;
+    expected += blocks;
+    while (static_cast<int>(arrived - expected) < 0) {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(arrivals) : "memory");
+    }
+  }
+  __syncthreads();
+#endif
+}
+
 // Device: reductions over `WIDTH` neighbouring lanes and over a block.
 //
 // `combine(a, b)` must be commutative to the bit; then all lanes end with the same bits.

@@ -18,6 +18,8 @@
 // log-sum-exp on C itself if a sum had nothing left; so begins every stage of eps too.
 #pragma once
 
+#include <cmath>
+
 #include "core/dtype.h"
 #include "core/isa.h"
 
@@ -28,10 +30,23 @@ struct SinkhornSide {
   const double* rhos;     // [batch, count] or null: all infinite
   const double* weights;  // [batch, count]: a, for the marginals' error
   double* potentials;     // [batch, count] in: where to begin; out: F or G
+
+  PYREG_HOST_DEVICE double kappa(int64_t i, double epsilon) const {
+    if (rhos == nullptr || rhos[i] == static_cast<double>(INFINITY)) return 1;
+    return rhos[i] / (rhos[i] + epsilon);
+  }
 };
 
 // cosine: of points of length 1, 1 - x . y
 enum class PointCost : int32_t { sqeuclidean, euclidean, cosine };
+
+// How a CUDA device is to be used; the tests force every way.
+enum class SinkhornWay : int32_t { fastest, block, grid, launches };
+struct SinkhornLimits {
+  SinkhornWay way = SinkhornWay::fastest;
+  int64_t shared_bytes = INT64_MAX;   // of a block, where the device has more
+  bool may_hold_in_registers = true;  // K
+};
 
 struct SinkhornArgs {
   Dtype dtype;       // float64 or float32, of the cost or the points and of K
@@ -51,8 +66,69 @@ struct SinkhornArgs {
   double tolerance;
   double* error;        // [batch] the last known
   int64_t* iterations;  // [batch]
+  // On CUDA alone:
+  SinkhornLimits limits;
+  void* workspace;  // [sinkhorn_workspace(args)] bytes
+  void* stream;
+
+  PYREG_HOST_DEVICE double target(const SinkhornSide& side, int64_t i, double at) const {
+    return is_counting ? side.targets[i] * side.kappa(i, at) : side.targets[i];
+  }
+  // Of marginals that must hold, how far a row's mass is from its weight. Else how far the logarithm of its mass is
+  // from what its potential and the penalty ask for, which for a small rho may be far even where the potential moves by
+  // little of eps. `step` is by how much it moves.
+  PYREG_HOST_DEVICE double row_error(int64_t i, double at, double log_mass, double step) const {
+    const double weight = row.weights[i];
+    if (weight == 0) return 0;
+    if (row.rhos == nullptr && column.rhos == nullptr) return fabs(weight - exp(log_mass));
+    return fabs(step) < static_cast<double>(INFINITY) ? weight * fabs(step) / (row.kappa(i, at) * at) : 0;
+  }
+};
+
+// A problem's stage of epsilon. `iterations` is always how many it has made.
+struct SinkhornSchedule {
+  enum class Next { iteration, stage, end };
+
+  double epsilon;
+  int32_t end;  // of the stage, in iterations; max_iterations is below 2^31
+  bool is_last;
+
+  // Of each stage but the last, whose end is the tolerance or the last iteration of all.
+  static constexpr int32_t kStageIterations = 3;
+
+  PYREG_HOST_DEVICE static SinkhornSchedule first(const SinkhornArgs& args, int64_t problem) {
+    return stage(args, problem, args.first_epsilon[problem], 0);
+  }
+  PYREG_HOST_DEVICE SinkhornSchedule after(const SinkhornArgs& args, int64_t problem, int32_t iterations) const {
+    return stage(args, problem, epsilon * args.epsilon_factor, iterations);
+  }
+
+  // What follows on an iteration whose error is `error`.
+  PYREG_HOST_DEVICE Next next(const SinkhornArgs& args, int32_t iterations, double error) const {
+    if (iterations < end && !(is_last && error <= args.tolerance)) return Next::iteration;
+    return is_last ? Next::end : Next::stage;
+  }
+
+ private:
+  // The last iteration is made at the epsilon that was asked for, whatever stage has been reached: so is the error.
+  PYREG_HOST_DEVICE static SinkhornSchedule stage(const SinkhornArgs& args, int64_t problem, double wanted,
+                                                  int32_t iterations) {
+    const double last = args.epsilon[problem];
+    const int32_t most = static_cast<int32_t>(args.max_iterations);
+    if (!(wanted > last) || iterations + 1 >= most) return {last, most, true};
+    return {wanted, iterations + kStageIterations < most ? iterations + kStageIterations : most - 1, false};
+  }
 };
 
 PYREG_DECLARE_KERNEL(sinkhorn, SinkhornArgs)
+
+namespace cpu {
+constexpr bool kHasSinkhornPoints = true;
+PYREG_HOST_DEVICE int64_t sinkhorn_workspace(const SinkhornArgs&) { return 0; }
+}  // namespace cpu
+namespace cuda {
+constexpr bool kHasSinkhornPoints = false;
+int64_t sinkhorn_workspace(const SinkhornArgs& args);  // bytes
+}  // namespace cuda
 
 }  // namespace pyreg

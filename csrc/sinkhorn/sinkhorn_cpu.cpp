@@ -163,14 +163,9 @@ class Problem {
     });
   }
 
-  static double kappa(const SinkhornSide& side, int64_t i, double epsilon) {
-    if (side.rhos == nullptr || std::isinf(side.rhos[i])) return 1;
-    return side.rhos[i] / (side.rhos[i] + epsilon);
-  }
+  static double kappa(const SinkhornSide& side, int64_t i, double epsilon) { return side.kappa(i, epsilon); }
 
-  double target(const SinkhornSide& side, int64_t i) const {
-    return side.targets[i] * (args_.is_counting ? kappa(side, i, epsilon_) : 1);
-  }
+  double target(const SinkhornSide& side, int64_t i) const { return args_.target(side, i, epsilon_); }
 
   void set_epsilon(double epsilon) {
     epsilon_ = epsilon;
@@ -272,13 +267,8 @@ class Problem {
     return sum;
   }
 
-  // Of marginals that must hold, how far the row's mass is from its weight. Else how far the logarithm of its mass is
-  // from what its potential and the penalty ask for, which for a small rho may be far even where the potential moves by
-  // little of eps.
   double row_error(int64_t k, double log_mass, double step) const {
-    if (args_.row.weights[k] == 0) return 0;
-    if (is_balanced_) return std::abs(args_.row.weights[k] - std::exp(log_mass));
-    return std::isfinite(step) ? args_.row.weights[k] * std::abs(step) / (kappa(args_.row, k, epsilon_) * epsilon_) : 0;
+    return args_.row_error(k, epsilon_, log_mass, step);
   }
 
   double sum_of_errors() const {

@@ -1,4 +1,5 @@
-// Sinkhorn's operators: tensors in, tensors out.
+// Sinkhorn's operators: tensors in, tensors out. Compiled once for the CPU and once for CUDA, where that between points
+// is written in Triton.
 #include <optional>
 #include <tuple>
 
@@ -22,9 +23,12 @@ struct Options {
   const Tensor& initial;
 };
 
-const double* numbers(const char* name, const Tensor& tensor, int64_t batch, int64_t count) {
-  const bool fits = tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.is_cpu() &&
-                    tensor.numel() == batch * count;
+const double* numbers(const char* name, const Tensor& tensor, const Tensor& like, int64_t batch, int64_t count) {
+  PYREG_REQUIRE(tensor.is_cuda() == like.is_cuda() && tensor.is_cpu() == like.is_cpu() &&
+                    tensor.get_device_index() == like.get_device_index(),
+                name, "expected all tensors on one device");
+  const bool fits =
+      tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.numel() == batch * count;
   PYREG_REQUIRE(fits, name, "expected contiguous float64 tensors of shape [B, ", count, "] with B = ", batch);
   return static_cast<const double*>(tensor.const_data_ptr());
 }
@@ -37,26 +41,30 @@ Result solve(const char* name, SinkhornArgs& args, const Tensor& like, const Opt
                 "expected costs or points of float64 or float32");
   PYREG_REQUIRE(n > 0 && m > 0, name, "expected at least one row and one column");
   PYREG_REQUIRE(options.epsilon_factor < 1, name, "expected an epsilon_factor below 1");
+  const Launch launch(like);
   Tensor f = empty({batch, n}, ScalarType::Double, like), g = torch::stable::clone(options.initial);
-  numbers(name, g, batch, m);
+  numbers(name, g, like, batch, m);
   torch::stable::zero_(f);
   Tensor error = empty({batch}, ScalarType::Double, like), iterations = empty({batch}, ScalarType::Long, like);
   const auto rhos = [&](const std::optional<Tensor>& rho, int64_t count) {
-    return rho ? numbers(name, *rho, batch, count) : nullptr;
+    return rho ? numbers(name, *rho, like, batch, count) : nullptr;
   };
-  args.row = {numbers(name, options.log_a, batch, n), rhos(options.rho_a, n), numbers(name, options.a, batch, n),
-              static_cast<double*>(f.mutable_data_ptr())};
-  args.column = {numbers(name, options.log_b, batch, m), rhos(options.rho_b, m), numbers(name, options.b, batch, m),
-                 static_cast<double*>(g.mutable_data_ptr())};
+  args.row = {numbers(name, options.log_a, like, batch, n), rhos(options.rho_a, n),
+              numbers(name, options.a, like, batch, n), static_cast<double*>(f.mutable_data_ptr())};
+  args.column = {numbers(name, options.log_b, like, batch, m), rhos(options.rho_b, m),
+                 numbers(name, options.b, like, batch, m), static_cast<double*>(g.mutable_data_ptr())};
   args.is_counting = options.is_counting;
-  args.epsilon = numbers(name, options.epsilon, batch, 1);
-  args.first_epsilon = numbers(name, options.first_epsilon, batch, 1);
+  args.epsilon = numbers(name, options.epsilon, like, batch, 1);
+  args.first_epsilon = numbers(name, options.first_epsilon, like, batch, 1);
   args.epsilon_factor = options.epsilon_factor;
   args.max_iterations = options.max_iter;
   args.tolerance = options.tol;
   args.error = static_cast<double*>(error.mutable_data_ptr());
   args.iterations = static_cast<int64_t*>(iterations.mutable_data_ptr());
-  cpu::sinkhorn(args);
+  const Tensor workspace = empty({PYREG_DEVICE::sinkhorn_workspace(args)}, ScalarType::Byte, like);
+  args.workspace = workspace.mutable_data_ptr();
+  args.stream = launch.stream;
+  PYREG_DEVICE::sinkhorn(args);
   return {f, g, error, iterations};
 }
 
@@ -101,7 +109,7 @@ Result sinkhorn_points(Tensor x, Tensor y, int64_t point_cost, bool is_streaming
 
 PYREG_IMPLEMENT(PYREG_LIBRARY, PYREG_DISPATCH_KEY, library) {
   library.impl("sinkhorn", TORCH_BOX(&sinkhorn));
-  library.impl("sinkhorn_points", TORCH_BOX(&sinkhorn_points));
+  if constexpr (PYREG_DEVICE::kHasSinkhornPoints) library.impl("sinkhorn_points", TORCH_BOX(&sinkhorn_points));
 }
 
 }  // namespace pyreg

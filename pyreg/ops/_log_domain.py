@@ -8,7 +8,7 @@ from torch import Tensor
 # Iterations between two looks at whether all problems are done, each of which waits for a GPU.
 _BETWEEN_CHECKS = 16
 
-# As in csrc/sinkhorn/sinkhorn_cpu.cpp: of each stage but the last.
+# As in csrc/sinkhorn/sinkhorn.h: of each stage but the last.
 _STAGE_ITERATIONS = 3
 
 

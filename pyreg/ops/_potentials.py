@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyreg import _extension
 from pyreg.ops import _adjoint, _library, _log_domain
 
 
@@ -320,7 +321,8 @@ def fake_potentials(cost: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor
     return torch.empty_like(a), torch.empty_like(b), error, iterations
 
 
-_library.implement("sinkhorn", _log_domain.sinkhorn, ["CUDA"])
+if _extension.CUDA.state != "loaded":
+    _library.implement("sinkhorn", _log_domain.sinkhorn, ["CUDA"])
 _library.implement("sinkhorn_potentials", _potentials)
 _library.vmap_into_batch("sinkhorn_potentials")
 potentials = _library.differentiable(

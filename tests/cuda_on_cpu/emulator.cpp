@@ -113,6 +113,7 @@ struct Thread {
   int rank;
   State state;
   const char* waits_at;
+  const void* waits_for;  // the key of a group's barrier
   Place place;
 };
 
@@ -136,6 +137,7 @@ struct Warp {
 struct Barrier {
   int arrived;
   Place place;
+  int expected;  // of a group
 };
 
 struct Block {
@@ -143,6 +145,7 @@ struct Block {
   std::vector<Thread*> threads;
   std::vector<Warp> warps;
   Barrier barrier;
+  bool any, any_before;  // of the predicates that arrive, and of those of the last barrier
   std::unique_ptr<char, decltype(&std::free)> dynamic_shared{nullptr, &std::free};
   std::vector<uint64_t> shared_variables;  // while another block has them
 };
@@ -163,6 +166,7 @@ struct Emulator {
   const std::function<void()>* body = nullptr;
   std::vector<Block>* blocks = nullptr;
   Barrier grid_barrier;
+  std::map<const void*, Barrier> group_barriers;
   bool cooperative = false;
   Thread* current = nullptr;
   Block* shared_owner = nullptr;  // the block whose values the __shared__ variables hold
@@ -386,6 +390,7 @@ void prepare(Block& block, uint3 index, dim3 shape, size_t first_thread, size_t 
   const unsigned threads = shape.x * shape.y * shape.z;
   block.index = index;
   block.barrier = {};
+  block.any = block.any_before = false;
   block.threads.resize(threads);
   block.warps.assign((threads + 31) / 32, Warp{});
   for (unsigned i = 0; i < threads; ++i) {
@@ -394,6 +399,7 @@ void prepare(Block& block, uint3 index, dim3 shape, size_t first_thread, size_t 
     thread->index = {i % shape.x, i / shape.x % shape.y, i / (shape.x * shape.y)};
     thread->rank = static_cast<int>(i);
     thread->state = State::runnable;
+    thread->waits_for = nullptr;
     block.threads[i] = thread;
     block.warps[i / 32].lanes |= 1u << (i % 32);
   }
@@ -406,6 +412,7 @@ void prepare(Block& block, uint3 index, dim3 shape, size_t first_thread, size_t 
 void run_to_end(std::vector<Block>& blocks) {
   emulator.blocks = &blocks;
   emulator.grid_barrier = {};
+  emulator.group_barriers.clear();
   emulator.shared_owner = nullptr;
   bool progress = true;
   while (progress) {
@@ -482,6 +489,17 @@ void block_barrier(Place place) {
   arrive(block.barrier, static_cast<int>(block.threads.size()), "__syncthreads", place, [&] { release_block(block); });
 }
 
+bool block_any(bool predicate, Place place) {
+  Block& block = *current_thread("__syncthreads_or").block;
+  block.any = block.any || predicate;
+  arrive(block.barrier, static_cast<int>(block.threads.size()), "__syncthreads_or", place, [&] {
+    block.any_before = block.any;
+    block.any = false;
+    release_block(block);
+  });
+  return block.any_before;
+}
+
 void grid_barrier(Place place) {
   current_thread("grid barrier");
   if (!emulator.cooperative) fail("grid barrier at " + text(place) + " in a launch that is not cooperative");
@@ -490,6 +508,26 @@ void grid_barrier(Place place) {
   arrive(emulator.grid_barrier, static_cast<int>(threads), "grid barrier", place, [&] {
     for (Block& block : blocks) release_block(block);
   });
+}
+
+void group_barrier(const void* key, unsigned blocks, Place place) {
+  Thread& own = current_thread("group barrier");
+  if (!emulator.cooperative) fail("group barrier at " + text(place) + " in a launch that is not cooperative");
+  Barrier& barrier = emulator.group_barriers[key];
+  const int expected = static_cast<int>(blocks * own.block->threads.size());
+  if (barrier.arrived > 0 && barrier.expected != expected) {
+    fail("group barrier at " + text(place) + " of " + std::to_string(blocks) + " blocks, others expect another number");
+  }
+  barrier.expected = expected;
+  own.waits_for = key;
+  arrive(barrier, expected, "group barrier", place, [&] {
+    for (Block& block : *emulator.blocks) {
+      for (Thread* thread : block.threads) {
+        if (thread->waits_for == key) thread->state = State::runnable;
+      }
+    }
+  });
+  own.waits_for = nullptr;
 }
 
 unsigned active_lanes() {

@@ -11,7 +11,8 @@
 //
 // What breaks CUDA's rules ends the launch with a std::runtime_error that names the kernel, the block and the source
 // line: a barrier or warp operation that not all named threads reach, or reach at different lines; lanes that disagree
-// on mask or width; a shuffle from a lane outside the mask; blocks, grids and shared memory beyond the limits.
+// on mask or width; blocks that disagree on their group's size; a shuffle from a lane outside the mask; blocks, grids
+// and shared memory beyond the limits.
 //
 // Stricter than hardware: a mask may name no lane that has exited or that the block does not have, so a full mask needs
 // whole warps. Not seen: a missing __threadfence, a spin on another thread's write (it hangs), registers and
@@ -69,7 +70,11 @@ enum class WarpOperation { sync, shuffle, ballot };
 
 void* dynamic_shared_memory();
 void block_barrier(Place place);
+// The same; whether any thread's predicate is true.
+bool block_any(bool predicate, Place place);
 void grid_barrier(Place place);
+// Waits for all threads of `blocks` blocks that come with the same key.
+void group_barrier(const void* key, unsigned blocks, Place place);
 unsigned active_lanes();
 // Waits for the lanes of `mask`. A shuffle gives the value of lane `source_lane`, a ballot the mask of the lanes whose
 // value is not 0.

@@ -63,7 +63,7 @@ __global__ void uninitialized_kernel(float* out) {
   shared[threadIdx.x] = dynamic_shared<float>()[threadIdx.x] = 1;
 }
 
-// Misuse that ends the launch with an error, in one block of 64 threads; the last in one of 48.
+// Misuse that ends the launch with an error, in one block of 64 threads; kFullMaskInPartOfAWarp in one of 48.
 enum Misuse : int {
   kBarrierInOneBranch,
   kBarriersInBothBranches,
@@ -78,6 +78,8 @@ enum Misuse : int {
   kShuffleMeetsVote,
   kGridBarrier,
   kFullMaskInPartOfAWarp,
+  kVoteInOneBranch,
+  kGroupBarrier,
 };
 
 __global__ void misuse_kernel(int misuse, int* out) {
@@ -134,10 +136,24 @@ __global__ void misuse_kernel(int misuse, int* out) {
     case kFullMaskInPartOfAWarp:
       __syncwarp();
       break;
+    case kVoteInOneBranch:
+      if (t >= 5) out[t] = __syncthreads_or(odd);
+      break;
+    case kGroupBarrier: {
+      unsigned expected = 0;
+      group_barrier(reinterpret_cast<unsigned*>(out), 1, expected);
+      break;
+    }
   }
 }
 
 __global__ void idle_kernel(int*) {}
+
+// Blocks of one group that disagree on how many they are.
+__global__ void disagreeing_kernel(unsigned* arrivals) {
+  unsigned expected = 0;
+  group_barrier(arrivals, 2 + blockIdx.x, expected);
+}
 
 }  // namespace
 }  // namespace pyreg
@@ -188,4 +204,8 @@ PYREG_EXPORT const char* run_idle(int grid, int block, size_t dynamic_shared_byt
       PYREG_LAUNCH(idle_kernel, grid, block, dynamic_shared_bytes, nullptr, nothing);
     }
   });
+}
+
+PYREG_EXPORT const char* run_disagreeing(unsigned* arrivals) {
+  return error_of([&] { PYREG_LAUNCH_COOPERATIVE(disagreeing_kernel, 3, 64, 0, nullptr, arrivals); });
 }

@@ -101,6 +101,25 @@ __global__ void cooperative_kernel(const float* in, float* partial, float* out) 
   out[blockIdx.x * 64 + t] = kept[63 - t] + kept_too[t];
 }
 
+// The same in groups of two blocks, the last of one. Groups have different numbers of rounds; whether any thread of a
+// block has seen a negative total counts too.
+__global__ void grouped_kernel(const float* in, float* partial, float* out, unsigned* arrivals) {
+  const unsigned t = threadIdx.x, group = blockIdx.x / 2, first = 2 * group, end = min(first + 2, gridDim.x);
+  float kept = in[blockIdx.x * 64 + t];
+  unsigned expected = 0;
+  for (unsigned round = 0; round <= group; ++round) {
+    const float sum = block_sum<64>(kept);
+    if (t == 0) partial[blockIdx.x] = sum;
+    group_barrier(arrivals + group, end - first, expected);
+    float total = 0;
+    for (unsigned b = first; b < end; ++b) total += partial[b];
+    kept += total;
+    if (__syncthreads_or(t == 40 && total < 0)) kept += 1;
+    group_barrier(arrivals + group, end - first, expected);
+  }
+  out[blockIdx.x * 64 + t] = kept;
+}
+
 template <typename Storage>
 __global__ void widen_kernel(const Storage* in, float* out, int n) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -212,6 +231,11 @@ PYREG_EXPORT const char* run_atomics(const int* in, int n, int* counts, double* 
 PYREG_EXPORT const char* run_cooperative(const float* in, float* partial, float* out, int blocks) {
   return error_of(
       [&] { PYREG_LAUNCH_COOPERATIVE(cooperative_kernel, blocks, 64, 64 * sizeof(float), nullptr, in, partial, out); });
+}
+
+PYREG_EXPORT const char* run_grouped(const float* in, float* partial, float* out, unsigned* arrivals, int blocks) {
+  return error_of(
+      [&] { PYREG_LAUNCH_COOPERATIVE(grouped_kernel, blocks, 64, 0, nullptr, in, partial, out, arrivals); });
 }
 
 PYREG_EXPORT int cooperative_grid() { return max_cooperative_grid(cooperative_kernel, 64, 64 * sizeof(float)); }

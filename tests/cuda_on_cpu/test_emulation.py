@@ -194,6 +194,19 @@ def test_cooperative_launch_keeps_every_block_apart(library: Library, rng: np.ra
         np.testing.assert_array_equal(out, cooperative_reference(values))
 
 
+def test_groups_of_a_cooperative_launch(library: Library, rng: np.random.Generator) -> None:
+    for blocks in (1, 2, 5, 6):
+        values = rng.integers(-8, 8, (blocks, 64)).astype(np.float32)
+        out = np.zeros_like(values)
+        library.run("grouped", values, np.zeros(blocks, np.float32), out, np.zeros(3, np.uint32), blocks)
+        for group, first in enumerate(range(0, blocks, 2)):
+            expected = values[first : first + 2].copy()
+            for _ in range(group + 1):
+                total = expected.sum()
+                expected += total + (total < 0)
+            np.testing.assert_array_equal(out[first : first + 2], expected)
+
+
 def test_launches_from_several_host_threads(loaded: Library, rng: np.random.Generator) -> None:
     loaded.set_order(ASCENDING)
     values = rng.standard_normal((8, 7, 96))
@@ -285,15 +298,26 @@ MISUSE = [  # in the order of planted.cu
     r"lane \d+ is at the (warp vote|warp shuffle) of .*planted.cu:\d+",
     r"grid barrier at .*cuda.cuh:\d+ in a launch that is not cooperative",
     r"the mask names lanes that the block does not have",
+    r"deadlock: .*threads 5-63 wait at __syncthreads_or",
+    r"group barrier at .*cuda.cuh:\d+ in a launch that is not cooperative",
 ]
+
+
+FULL_MASK_IN_PART_OF_A_WARP = 12
 
 
 @pytest.mark.parametrize("misuse", range(len(MISUSE)))
 def test_misuse_is_an_error(library: Library, misuse: int) -> None:
-    threads = 48 if misuse == len(MISUSE) - 1 else 64
+    threads = 48 if misuse == FULL_MASK_IN_PART_OF_A_WARP else 64
     with pytest.raises(RuntimeError, match=rf"^misuse_kernel: block \(0, 0, 0\)(, thread \d+)?: .*{MISUSE[misuse]}"):
         library.run("misuse", misuse, threads, np.zeros(64, np.int32))
     library.run("misuse", -1, threads, np.zeros(64, np.int32))  # and the next launch runs
+
+
+def test_groups_that_disagree_on_their_size_are_an_error(library: Library) -> None:
+    text = r"^disagreeing_kernel: .*group barrier at .*cuda.cuh:\d+ of \d blocks, others expect another number"
+    with pytest.raises(RuntimeError, match=text):
+        library.run("disagreeing", np.zeros(1, np.uint32))
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,9 @@ inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; 
 #define PYREG_CALLED_FROM const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(PYREG_CALLED_FROM) { pyreg_emulation::block_barrier({file, line}); }
+inline int __syncthreads_or(int predicate, PYREG_CALLED_FROM) {
+  return pyreg_emulation::block_any(predicate != 0, {file, line});
+}
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, PYREG_CALLED_FROM) {
   pyreg_emulation::warp_operation(pyreg_emulation::WarpOperation::sync, mask, 0, 0, 32, {file, line});
