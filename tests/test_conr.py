@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyreg.functional import conr_loss
-from pyreg.ops import _contrastive, _library
+from pyreg.ops import _checks, _library
 from pyreg.reference.conr import conr_loss as reference
 from tests.oracle import FLOAT_DTYPES, ROUNDOFF, assert_as_accurate, relative_error
 from tests.pairwise import LOSSES, REDUCTIONS, in_float64, value_and_gradients
@@ -482,7 +482,7 @@ def test_rows_of_bad_labels_and_weights_are_in_no_pair(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     """Where values are not read: on a GPU, in compiled and in mapped calls."""
-    monkeypatch.setattr(_contrastive, "reads_values", lambda tensor: False)
+    monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)
     features = features_like((count, 4), device)
     targets, preds = torch.randint(20, (2, count), device=device).double()
     weights = torch.rand(count, dtype=torch.float64, device=device) + 0.1
@@ -506,7 +506,7 @@ def test_rows_of_bad_labels_and_weights_are_in_no_pair(
 
 def test_tiles_of_nan_on_the_diagonal(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first rows in the order of labels miss another label and its prediction: they are in no pair."""
-    monkeypatch.setattr(_contrastive, "reads_values", lambda tensor: False)
+    monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)
     features = features_like((600, 4), device)
     targets = torch.stack([torch.arange(600) / 8, torch.zeros(600)], 1).to(device)
     preds = targets.roll(5, 0)
