@@ -124,6 +124,7 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "Tensor epsilon, int point_cost, bool is_counting) -> Tensor");
   library.def(
       "sinkhorn_points_adjoint(Tensor x, Tensor y, Tensor row_potentials, Tensor column_potentials, Tensor epsilon, "
-      "Tensor row_factors, Tensor column_factors, Tensor row_kappas, Tensor column_kappas, Tensor rows, Tensor columns, "
+      "Tensor row_factors, Tensor column_factors, Tensor row_kappas, Tensor column_kappas, Tensor rows, Tensor "
+      "columns, "
       "int point_cost, bool transposed) -> (Tensor rows, Tensor columns)");
 }
