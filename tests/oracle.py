@@ -7,6 +7,9 @@ cases where plain PyTorch happens to be exact.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,3 +42,20 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, truth: Tensor, *, floor: f
     error, plain_error = relative_error(actual, truth, noise), relative_error(plain, truth, noise)
     limit = 2 * plain_error + (64 if actual.dtype == torch.float64 else floor) * ROUNDOFF[actual.dtype]
     assert error <= limit, f"relative error {error:.2e}, limit {limit:.2e} (plain PyTorch {plain_error:.2e})"
+
+
+def assert_runs_without_waiting_and_in_a_graph(step: Callable[[], list[Tensor]]) -> None:
+    """A step on a GPU never waits for it, and a CUDA graph that has captured it gives the same bits."""
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for tensor in captured:
+        tensor.fill_(math.nan)
+    graph.replay()
+    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
