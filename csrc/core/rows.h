@@ -27,10 +27,14 @@ namespace pyreg::PYREG_ISA {
 // Rows of a tile: 16 floats are a cache line.
 constexpr int64_t kTileRows = 16;
 
+// Memory that begins with a cache line: a vector of 64 bytes elsewhere would be read from two of them.
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(malloc(sizeof(T) * (count > 0 ? count : 1)))) {
+  explicit Scratch(int64_t count) {
+    constexpr size_t kLine = 64;
+    const size_t bytes = sizeof(T) * static_cast<size_t>(count > 0 ? count : 1);
+    data_ = static_cast<T*>(aligned_alloc(kLine, (bytes + kLine - 1) / kLine * kLine));
     if (data_ == nullptr) abort();
   }
   ~Scratch() { free(data_); }
