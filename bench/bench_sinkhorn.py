@@ -175,8 +175,8 @@ def geomloss_points(x: Tensor, y: Tensor, epsilon: float, iterations: int, backe
 def point_contenders(epsilon: float, iterations: int, has_room: bool, smoke: bool) -> list[Contender]:
     """`has_room`: for the costs of all pairs, and more of their size."""
 
-    def of(name: str, value: Callable[..., Tensor], **options: str) -> Contender:
-        return Contender(name, gradients(lambda x, y: value(x, y, epsilon, iterations, **options)))
+    def of(name: str, value: Callable[..., Tensor], slow: bool = False, **options: str) -> Contender:
+        return Contender(name, gradients(lambda x, y: value(x, y, epsilon, iterations, **options)), slow=slow)
 
     def by_ott(inputs: Inputs) -> Call:
         x, y = inputs
@@ -184,10 +184,11 @@ def point_contenders(epsilon: float, iterations: int, has_room: bool, smoke: boo
 
     found = [of(OURS, fused_points)]
     if has_room:
-        found.append(of("eager loop", loop_points))
-        found += [of(TENSORIZED, geomloss_points, backend="tensorized")] if HAS_GEOMLOSS or not smoke else []
+        found.append(of("eager loop", loop_points, slow=True))
+        if HAS_GEOMLOSS or not smoke:
+            found.append(of(TENSORIZED, geomloss_points, slow=True, backend="tensorized"))
     if (HAS_GEOMLOSS and HAS_KEOPS) or not smoke:
-        found.append(of(ONLINE, geomloss_points, backend="online"))
+        found.append(of(ONLINE, geomloss_points, slow=True, backend="online"))
     if has_room and (ott_jax.is_there() or not smoke):
         found.append(Contender(OTT, by_ott))
     return found

@@ -29,6 +29,7 @@ FLOOR = "floor"
 
 SAMPLE_SECONDS = 2e-3  # a sample is as many calls as fill this: the clock and the loop are then below 0.1 %
 LONG_CALL_SECONDS = 1.0  # a first call of this length gains nothing from a warm-up: it counts as a sample
+ONLY_CALL_SECONDS = 5.0  # a first call of this length is the only sample
 WARM_UP_SECONDS = 0.1
 MIN_SAMPLES = 3
 MAX_SAMPLES = 60
@@ -101,7 +102,8 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Settings:
-    """The time that each contender may spend on its samples; `MIN_SAMPLES` are taken whatever they cost."""
+    """The time that each contender may spend on its samples; `MIN_SAMPLES` are taken whatever they cost, but
+    for calls of `ONLY_CALL_SECONDS`."""
 
     seconds: float = 2.5
     skip_slow: bool = False
@@ -194,6 +196,8 @@ def turns(samples: dict[Any, int], seed: int = 0) -> Iterator[Any]:
 
 def plan(estimate: float, seconds: float) -> tuple[int, int]:
     """(samples, calls in each sample) for a call that takes `estimate` seconds."""
+    if estimate >= ONLY_CALL_SECONDS:
+        return 1, 1
     calls = max(1, math.ceil(SAMPLE_SECONDS / max(estimate, 1e-9)))
     samples = int(seconds / (estimate * calls)) if estimate > 0 else MAX_SAMPLES
     return min(max(samples, MIN_SAMPLES), MAX_SAMPLES), calls

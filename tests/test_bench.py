@@ -82,7 +82,8 @@ class TestMeasurement:
     @pytest.mark.parametrize(
         ("estimate", "samples", "calls"),
         [
-            (12.0, 3, 1),  # never fewer than three samples
+            (4.0, 3, 1),  # never fewer than three samples
+            (12.0, 1, 1),  # of what takes long, the call that told so
             (0.5, 4, 1),
             (1e-3, 60, 2),  # a sample fills 2 ms
             (50e-6, 60, 40),
