@@ -155,7 +155,8 @@ def sinkhorn_points(
             read, which waits for a GPU.
         streaming: the matrix that an iteration multiplies with, ``exp((f + g - C) / epsilon)``, is formed anew each
             time (True), or held (False). By default it is held up to 128 MB, and from 8 dimensions on, where forming it
-            takes long, up to a quarter of the memory that is left. All that is not the iteration, gradients included,
+            takes long, up to a quarter of the memory that is left; on CUDA up to 32 MB of all problems, for more of it
+            is not held whatever is asked for. All that is not the iteration, gradients included,
             needs O((n + m) d) memory in any case, but for ``Transport.plan()``.
         epsilon, relative_epsilon, rho_a, rho_b, reference, max_iter, tol, epsilon_scaling, init: as of
             :func:`sinkhorn`.
