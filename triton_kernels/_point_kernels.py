@@ -141,7 +141,7 @@ def _exponents(row, column, pairs, factor, TOTAL: tl.constexpr):
     row_high, row_low = row[0][:, None], row[1][:, None]
     column_high, column_low = column[0][None, :], column[1][None, :]
     total = row_high + column_high
-    if TOTAL == tl.float64:
+    if tl.float64 == TOTAL:
         return total + pairs * factor
     else:
         part = total - row_high
@@ -175,9 +175,10 @@ def _sweep(
     PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Of each row and the columns of some tiles, the sum of 2^exponent, or the largest exponent."""
+    """Of each row and the columns of some tiles, the sum of 2^exponent, or the largest exponent. They are taken over
+    the tiles first: threads then exchange nothing until the end."""
     _, _, _, n_columns = column_side
-    result = tl.full((row_at.shape[0],), NOTHING if MAXIMUM else 0.0, TOTAL)
+    result = tl.full((row_at.shape[0], COLUMNS), NOTHING if MAXIMUM else 0.0, TOTAL)
     factor = _factor(scale, COST, DIRECT).to(TOTAL)
     for tile in range(first_tile, end_tile):
         columns = tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -191,10 +192,10 @@ def _sweep(
         exponents = _exponents(row, column, pairs, factor, TOTAL)
         if MAXIMUM:
             exponents = tl.where(column_exists[None, :], exponents, NOTHING)
-            result = tl.maximum(result, tl.max(exponents, 1), propagate_nan=tl.PropagateNan.ALL)
+            result = tl.maximum(result, exponents, propagate_nan=tl.PropagateNan.ALL)
         else:
-            result += tl.sum(tl.exp2(exponents), 1)
-    return result
+            result += tl.exp2(exponents)
+    return tl.max(result, 1) if MAXIMUM else tl.sum(result, 1)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -244,10 +245,7 @@ def sums_kernel(
     row_side = row_points_ptr, row_halves_ptr, row_potentials_ptr, n_rows
     column_side = column_points_ptr, column_halves_ptr, column_potentials_ptr, n_columns
     column_base = problem * n_columns
-    if WHOLE:
-        row_tile = _load_points(row_side, row_at, row_exists, 0, n_features, DEPTH)
-    else:
-        row_tile = row_at
+    row_tile = _load_points(row_side, row_at, row_exists, 0, n_features, DEPTH) if WHOLE else row_at
     first_tile = split * tiles
     end_tile = tl.minimum(first_tile + tiles, tl.cdiv(n_columns, COLUMNS))
 
@@ -475,10 +473,7 @@ def plan_kernel(
     factor = _factor(scale, COST, DIRECT).to(TOTAL)
     row_side = row_points_ptr, row_halves_ptr, row_potentials_ptr, n_rows
     column_side = column_points_ptr, column_halves_ptr, column_potentials_ptr, n_columns
-    if WHOLE:
-        row_tile = _load_points(row_side, row_at, row_exists, 0, n_features, DEPTH)
-    else:
-        row_tile = row_at
+    row_tile = _load_points(row_side, row_at, row_exists, 0, n_features, DEPTH) if WHOLE else row_at
     row = _load_potentials(row_side, row_at, row_exists, scale, TOTAL)
     out = tl.program_id(2) * OUT + tl.arange(0, OUT)
     out_exists = out < out_width
@@ -498,7 +493,7 @@ def plan_kernel(
         )  # fmt: skip
         exponents = _exponents(row, column, pairs, factor, TOTAL)
         # As in csrc/point_plan: between two weights of 0 they may be anything.
-        largest = tl.full((), (600.0 if TOTAL == tl.float64 else 80.0) * LOG2_E, TOTAL)
+        largest = tl.full((), (600.0 if tl.float64 == TOTAL else 80.0) * LOG2_E, TOTAL)
         weights = tl.exp2(tl.minimum(exponents, largest, propagate_nan=tl.PropagateNan.ALL))
         if TIMES_COST:
             cost = pairs

@@ -24,7 +24,8 @@ class Tiles(NamedTuple):
     stages: int
 
     def options(self) -> dict[str, Any]:
-        return {"num_warps": self.warps, "num_stages": self.stages, **OPTIONS}
+        # Without a limit of ours, ptxas spills to have room for one program more.
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255, **OPTIONS}
 
 
 # Few coordinates are subtracted, which keeps the digits of points that nearly meet; so are those of distances, whose
@@ -32,10 +33,16 @@ class Tiles(NamedTuple):
 _MOST_DIRECT = 8
 
 # Up to so many coordinates a row's stay in a program; of more, in steps of _STEP.
-_MOST_WHOLE = 128
+_MOST_WHOLE = 64
 _STEP = 32
 
-_DIRECT_TILES = {torch.float32: Tiles(64, 64, 0, warps=4, stages=2), torch.float64: Tiles(32, 32, 0, warps=4, stages=2)}
+# As large as registers allow: beside its sums, a thread of direct tiles holds the coordinates and potentials of its
+# rows, and one of products both parts of float32's digits. Those of the plan are of 64 rows, of which there are matrix
+# instructions on every GPU, and hold no coordinates beside a third product.
+_DIRECT_TILES = {torch.float32: Tiles(32, 64, 0, warps=8, stages=1), torch.float64: Tiles(32, 32, 0, warps=4, stages=1)}
+_DIRECT_PLAN_TILES = {torch.float32: Tiles(64, 32, 0, warps=8, stages=1), torch.float64: _DIRECT_TILES[torch.float64]}
+_PRODUCT_TILES = Tiles(64, 32, _STEP, warps=4, stages=2)
+_PRODUCT_PLAN_TILES = Tiles(64, 32, 16, warps=8, stages=2)
 _EMULATED_TILES = (16, 16)  # rows and columns, small: a small test has several
 
 # Programs that fill a GPU. Of few tiles of rows, columns are split; their sums are partial, and added in a fixed order.
@@ -58,11 +65,12 @@ def _width(features: int) -> int:
     return whole if whole <= _MOST_WHOLE else int(triton.cdiv(features, _STEP)) * _STEP
 
 
-def _tiles(dtype: torch.dtype, is_direct: bool, width: int) -> Tiles:
+def _tiles(dtype: torch.dtype, is_direct: bool, width: int, is_plan: bool) -> Tiles:
     if is_direct:
-        return _DIRECT_TILES[dtype]
-    is_whole = width <= _MOST_WHOLE
-    return Tiles(64, 64, width if is_whole else _STEP, warps=4, stages=2 if is_whole else 3)
+        return (_DIRECT_PLAN_TILES if is_plan else _DIRECT_TILES)[dtype]
+    if is_plan:
+        return _PRODUCT_PLAN_TILES
+    return _PRODUCT_TILES._replace(depth=width) if width <= _MOST_WHOLE else _PRODUCT_TILES
 
 
 def _constants(
@@ -113,22 +121,21 @@ class Points(NamedTuple):
     def dtype(self) -> torch.dtype:
         return self.rows.values.dtype
 
-    def tiles(self) -> Tiles:
+    def tiles(self, *, is_plan: bool = False) -> Tiles:
+        tiles = _tiles(self.dtype, self.is_direct, self.width, is_plan)
         if not self.rows.values.is_cuda:
             rows, columns = _EMULATED_TILES
-            return _tiles(self.dtype, self.is_direct, self.width)._replace(rows=rows, columns=columns, warps=1, stages=1)
-        return _tiles(self.dtype, self.is_direct, self.width)
+            tiles = tiles._replace(rows=rows, columns=columns, warps=1, stages=1)
+        return tiles
 
-    def constants(self) -> dict[str, Any]:
+    def constants(self, tiles: Tiles) -> dict[str, Any]:
         """Of the kernels that take tiles of pairs, and the options of their launch."""
-        tiles = self.tiles()
         of_points = _constants(self.dtype, self.point_cost, self.is_direct, self.features, self.width, tiles)
         return of_points | tiles.options()
 
-    def splits(self, others: int = 1) -> tuple[int, int]:
+    def splits(self, tiles: Tiles, others: int = 1) -> tuple[int, int]:
         """Into how many parts the columns are split, and of how many tiles; beside other programs of each."""
         batch, n, m = self.shape
-        tiles = self.tiles()
         programs = _PROGRAMS if self.rows.values.is_cuda else _EMULATED_PROGRAMS
         column_tiles = triton.cdiv(m, tiles.columns)
         wanted = programs // (batch * triton.cdiv(n, tiles.rows) * others)
@@ -163,7 +170,11 @@ def around_centre(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 # ---- what tools/triton_report.py compiles ----
 
 EVERY = (80, 90, 100, 120)
-_COSTS = {"sqeuclidean": kernels.SQEUCLIDEAN.value, "euclidean": kernels.EUCLIDEAN.value, "cosine": kernels.COSINE.value}
+_COSTS = {
+    "sqeuclidean": kernels.SQEUCLIDEAN.value,
+    "euclidean": kernels.EUCLIDEAN.value,
+    "cosine": kernels.COSINE.value,
+}
 _FLOAT, _DOUBLE = torch.float32, torch.float64
 
 # Name, dtype, cost, coordinates.
@@ -181,12 +192,14 @@ NAMED_POINTS = [
 ]
 
 
-def ahead_of_time(name: str, dtype: torch.dtype, cost: str, features: int) -> tuple[dict[str, str], dict[str, Any], Any]:
+def ahead_of_time(
+    name: str, dtype: torch.dtype, cost: str, features: int, *, is_plan: bool
+) -> tuple[dict[str, str], dict[str, Any], Any]:
     """Types, constants and options of the kernels that take tiles of pairs of such points."""
     point_cost = _COSTS[cost]
     is_direct = _is_direct(dtype, point_cost, features)
     width = features if is_direct else _width(features)
-    tiles = _tiles(dtype, is_direct, width)
+    tiles = _tiles(dtype, is_direct, width, is_plan)
     constants = _constants(dtype, point_cost, is_direct, features, width, tiles)
     if name.endswith("tf32"):
         constants["PRECISION"] = "tf32"

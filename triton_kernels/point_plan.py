@@ -18,8 +18,8 @@ from torch import Tensor
 from pyreg.triton_kernels import _point_kernels as kernels
 from pyreg.triton_kernels._points import EVERY, NAMED_POINTS, Points, ahead_of_time, around_centre, prepare
 
-_MOST_OUT = 128  # results of a row in a program; of more, the plan is formed anew
-_FACTORS = 32  # of u . z at a time
+_MOST_OUT = 64  # results of a row in a program; of more, the plan is formed anew
+_FACTORS = 16  # of u . z at a time
 
 
 def _out_block(width: int) -> int:
@@ -38,10 +38,10 @@ def _pass(
 ) -> Tensor:
     """``[B, n, width]``: by_x of u and z, or the product with the second operand."""
     batch, n, m = points.shape
-    constants = points.constants()
+    constants = points.constants(points.tiles(is_plan=True))
     out_block = _out_block(width)
     out_blocks = triton.cdiv(width, out_block)
-    splits, tiles = points.splits(out_blocks)
+    splits, tiles = points.splits(points.tiles(is_plan=True), out_blocks)
     partial = points.rows.values.new_empty((splits, batch, n, width))
     u, z = factors or (None, None)
     n_factors = 1 if u is None else u.shape[2]
@@ -65,7 +65,7 @@ def _pass(
         batch,
         PULLS=u is not None,
         TIMES_COST=times_cost,
-        FACTORS=1 if n_factors == 1 else min(max(triton.next_power_of_2(n_factors), 16), _FACTORS),
+        FACTORS=1 if n_factors == 1 else _FACTORS,
         OUT=out_block,
         **constants,
     )
@@ -138,7 +138,7 @@ def point_plan(
 def _variants() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, dtype, cost, features in NAMED_POINTS:
-        types, constants, options = ahead_of_time(name, dtype, cost, features)
+        types, constants, options = ahead_of_time(name, dtype, cost, features, is_plan=True)
         number = "fp64" if dtype == torch.float64 else "fp32"
         tensors = ("row_factors", "column_factors", "row_operand", "operand", "out")
         types |= {f"{key}_ptr": f"*{number}:16" for key in tensors}
@@ -146,7 +146,7 @@ def _variants() -> dict[str, Any]:
         forms += [("E z", 64, 1, {"PULLS": False})]
         if name in ("sqeuclidean 64 tf32x3", "euclidean 2"):
             forms += [("E z, k = 1", 1, 1, {"PULLS": False})]
-            forms += [("by_x of C E, k = 32", features, _FACTORS, {"PULLS": True, "TIMES_COST": True})]
+            forms += [("by_x of C E, k = 16", features, _FACTORS, {"PULLS": True, "TIMES_COST": True})]
         for form, width, n_factors, changes in forms:
             of_form = constants | {"TIMES_COST": False, "FACTORS": n_factors, "OUT": _out_block(width), **changes}
             is_pull, of_differences = changes["PULLS"], constants["DIRECT"] and constants["FEATURES"] > 0

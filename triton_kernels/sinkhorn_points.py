@@ -78,7 +78,7 @@ class _Sums(NamedTuple):
 
     @staticmethod
     def of(points: Points) -> _Sums:
-        splits, tiles = points.splits()
+        splits, tiles = points.splits(points.tiles())
         totals = points.rows.values.new_empty((splits, *points.shape[:2]))
         return _Sums(totals, torch.empty_like(totals), tiles)
 
@@ -92,7 +92,7 @@ class _Sums(NamedTuple):
         wanted: Tensor | None = None,
     ) -> None:
         batch, n, m = points.shape
-        constants = points.constants()
+        constants = points.constants(points.tiles())
         grid = (batch * triton.cdiv(n, constants["ROWS"]), len(self.totals))
         kernels.sums_kernel[grid](
             points.rows.values,
@@ -223,7 +223,7 @@ def _variants() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, dtype, cost, features in NAMED_POINTS:
         number = "fp64" if dtype == torch.float64 else "fp32"
-        types, constants, options = ahead_of_time(name, dtype, cost, features)
+        types, constants, options = ahead_of_time(name, dtype, cost, features, is_plan=False)
         types |= {f"{key}_ptr": f"*{number}:16" for key in ("sums", "shifts")} | {"wanted_ptr": "*i8"}
         without = {} if name == "sqeuclidean 64 tf32x3" else {"wanted_ptr": None}
         found[f"sinkhorn_points sums {name}"] = (kernels.sums_kernel, types, constants | without, options, EVERY)

@@ -22,8 +22,8 @@ from pyreg.ops._potentials import Side
 # Entries of all problems together up to which E is held where it is multiplied many times: 8 MB.
 _MOST_HELD = 1 << 20
 
-# Bytes of all problems' costs up to which CUDA holds them, unless it is to stream: what fits into the shared memory of a
-# large GPU, where the kernels of csrc/sinkhorn leave it through all iterations.
+# Bytes of all problems' costs up to which CUDA holds them, unless it is to stream: what fits into the shared memory of
+# a large GPU, where the kernels of csrc/sinkhorn leave it through all iterations.
 _MOST_DENSE = 32 << 20
 
 # Rows without a weight whose potentials are found at a time.

@@ -1,6 +1,7 @@
 """Entropic optimal transport: the public functions and their argument checks.
 
-Kernels: ``csrc/sinkhorn``. Operators and gradients: :mod:`pyreg.ops._potentials`. The result:
+Kernels: ``csrc/sinkhorn`` and ``csrc/point_plan``; between points on CUDA ``triton_kernels/sinkhorn_points.py`` and
+``triton_kernels/point_plan.py``, or torch's own operators where Triton is not there. Operators and gradients: :mod:`pyreg.ops._potentials`. The result:
 :mod:`pyreg.ops._transport`. Definition: :mod:`pyreg.reference.sinkhorn`.
 """
 
