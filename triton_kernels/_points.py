@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyreg.triton_kernels import _point_kernels as kernels
-from pyreg.triton_kernels._shared import OPTIONS
+from pyreg.triton_kernels import _shared as shared
 
 
 class Tiles(NamedTuple):
@@ -25,15 +25,15 @@ class Tiles(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         # Without a limit of ours, ptxas spills to have room for one program more.
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255, **OPTIONS}
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": 255, **shared.OPTIONS}
 
 
 # Few coordinates are subtracted, which keeps the digits of points that nearly meet; so are those of distances, whose
 # root a product's error would be taken of, and of float64. Others are multiplied by matrix instructions.
 _MOST_DIRECT = 8
 
-# Up to so many coordinates a row's stay in a program; of more, in steps of _STEP.
-_MOST_WHOLE = 64
+# Up to so many coordinates a row's stay in a program; of more, they come in steps of _STEP.
+_MOST_WHOLE = {"tf32": 64, "tf32x3": 32}
 _STEP = 32
 
 # As large as registers allow: beside its sums, a thread of direct tiles holds the coordinates and potentials of its
@@ -52,7 +52,7 @@ _MOST_SPLITS = 16
 
 def product_precision() -> str:
     """Float32's digits from three products of TF32, or one where torch may use it."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if shared.product_precision(torch.float32) == "tf32" else "tf32x3"
 
 
 def _is_direct(dtype: torch.dtype, point_cost: int, features: int) -> bool:
@@ -62,15 +62,15 @@ def _is_direct(dtype: torch.dtype, point_cost: int, features: int) -> bool:
 def _width(features: int) -> int:
     """Of points that are multiplied, padded."""
     whole = max(triton.next_power_of_2(features), 16)
-    return whole if whole <= _MOST_WHOLE else int(triton.cdiv(features, _STEP)) * _STEP
+    return whole if whole <= _MOST_WHOLE["tf32"] else int(triton.cdiv(features, _STEP)) * _STEP
 
 
-def _tiles(dtype: torch.dtype, is_direct: bool, width: int, is_plan: bool) -> Tiles:
+def _tiles(dtype: torch.dtype, is_direct: bool, width: int, precision: str, *, is_plan: bool) -> Tiles:
     if is_direct:
         return (_DIRECT_PLAN_TILES if is_plan else _DIRECT_TILES)[dtype]
     if is_plan:
         return _PRODUCT_PLAN_TILES
-    return _PRODUCT_TILES._replace(depth=width) if width <= _MOST_WHOLE else _PRODUCT_TILES
+    return _PRODUCT_TILES._replace(depth=width) if width <= _MOST_WHOLE[precision] else _PRODUCT_TILES
 
 
 def _constants(
@@ -122,7 +122,7 @@ class Points(NamedTuple):
         return self.rows.values.dtype
 
     def tiles(self, *, is_plan: bool = False) -> Tiles:
-        tiles = _tiles(self.dtype, self.is_direct, self.width, is_plan)
+        tiles = _tiles(self.dtype, self.is_direct, self.width, product_precision(), is_plan=is_plan)
         if not self.rows.values.is_cuda:
             rows, columns = _EMULATED_TILES
             tiles = tiles._replace(rows=rows, columns=columns, warps=1, stages=1)
@@ -199,10 +199,10 @@ def ahead_of_time(
     point_cost = _COSTS[cost]
     is_direct = _is_direct(dtype, point_cost, features)
     width = features if is_direct else _width(features)
-    tiles = _tiles(dtype, is_direct, width, is_plan)
+    precision = "tf32" if name.endswith("tf32") else "tf32x3"
+    tiles = _tiles(dtype, is_direct, width, precision, is_plan=is_plan)
     constants = _constants(dtype, point_cost, is_direct, features, width, tiles)
-    if name.endswith("tf32"):
-        constants["PRECISION"] = "tf32"
+    constants["PRECISION"] = "ieee" if dtype == torch.float64 else precision
     number = "fp64" if dtype == torch.float64 else "fp32"
     types = dict.fromkeys(("row_points_ptr", "column_points_ptr"), f"*{number}:16")
     types |= dict.fromkeys(("row_potentials_ptr", "column_potentials_ptr", "epsilons_ptr"), "*fp64:16")

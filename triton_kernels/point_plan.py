@@ -18,12 +18,14 @@ from torch import Tensor
 from pyreg.triton_kernels import _point_kernels as kernels
 from pyreg.triton_kernels._points import EVERY, NAMED_POINTS, Points, ahead_of_time, around_centre, prepare
 
-_MOST_OUT = 64  # results of a row in a program; of more, the plan is formed anew
+# Results of a row in a program; of more, the plan is formed anew. Direct costs leave fewer registers to by_x.
+_MOST_OUT, _MOST_DIRECT_PULLS = 64, 32
 _FACTORS = 16  # of u . z at a time
 
 
-def _out_block(width: int) -> int:
-    return 1 if width == 1 else min(max(triton.next_power_of_2(width), 16), _MOST_OUT)
+def _out_block(width: int, *, is_direct: bool, is_pull: bool) -> int:
+    most = _MOST_DIRECT_PULLS if is_direct and is_pull else _MOST_OUT
+    return 1 if width == 1 else min(max(triton.next_power_of_2(width), 16), most)
 
 
 def _pass(
@@ -39,7 +41,7 @@ def _pass(
     """``[B, n, width]``: by_x of u and z, or the product with the second operand."""
     batch, n, m = points.shape
     constants = points.constants(points.tiles(is_plan=True))
-    out_block = _out_block(width)
+    out_block = _out_block(width, is_direct=points.is_direct, is_pull=factors is not None)
     out_blocks = triton.cdiv(width, out_block)
     splits, tiles = points.splits(points.tiles(is_plan=True), out_blocks)
     partial = points.rows.values.new_empty((splits, batch, n, width))
@@ -148,8 +150,10 @@ def _variants() -> dict[str, Any]:
             forms += [("E z, k = 1", 1, 1, {"PULLS": False})]
             forms += [("by_x of C E, k = 16", features, _FACTORS, {"PULLS": True, "TIMES_COST": True})]
         for form, width, n_factors, changes in forms:
-            of_form = constants | {"TIMES_COST": False, "FACTORS": n_factors, "OUT": _out_block(width), **changes}
-            is_pull, of_differences = changes["PULLS"], constants["DIRECT"] and constants["FEATURES"] > 0
+            of_form = constants | {"TIMES_COST": False, "FACTORS": n_factors, **changes}
+            is_direct, is_pull = constants["DIRECT"], changes["PULLS"]
+            of_form["OUT"] = _out_block(width, is_direct=is_direct, is_pull=is_pull)
+            of_differences = is_direct and constants["FEATURES"] > 0
             absent = () if is_pull else ("row_factors_ptr", "column_factors_ptr", "row_operand_ptr")
             absent += ("operand_ptr",) if is_pull and of_differences and cost != "cosine" else ()
             of_form |= dict.fromkeys(absent)

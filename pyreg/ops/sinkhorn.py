@@ -1,8 +1,9 @@
 """Entropic optimal transport: the public functions and their argument checks.
 
 Kernels: ``csrc/sinkhorn`` and ``csrc/point_plan``; between points on CUDA ``triton_kernels/sinkhorn_points.py`` and
-``triton_kernels/point_plan.py``, or torch's own operators where Triton is not there. Operators and gradients: :mod:`pyreg.ops._potentials`. The result:
-:mod:`pyreg.ops._transport`. Definition: :mod:`pyreg.reference.sinkhorn`.
+``triton_kernels/point_plan.py``, or torch's own operators where Triton is not there. Operators and gradients:
+:mod:`pyreg.ops._potentials` and :mod:`pyreg.ops._point_potentials`. The result: :mod:`pyreg.ops._transport`.
+Definition: :mod:`pyreg.reference.sinkhorn`.
 """
 
 from __future__ import annotations
