@@ -17,6 +17,7 @@ for, are torch's own operators', in panels of rows.
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import torch
@@ -87,6 +88,13 @@ def _plain(
 
 
 # ---- the operator ----
+
+
+def _on_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not _library.has_triton():
+        return _plain(*arguments)
+    kernels = importlib.import_module("pyreg.triton_kernels.point_plan")
+    return kernels.point_plan(*arguments)  # type: ignore[no-any-return]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -165,6 +173,6 @@ def _fake(x: Tensor, y: Tensor, f: Tensor, g: Tensor, epsilon: Tensor, u: Tensor
     return tuple(torch.empty_like(like, memory_format=torch.contiguous_format) for like in (u, z, x, y))
 
 
-_library.implement("point_plan", _plain, ["CUDA"])
+_library.implement("point_plan", _on_cuda, ["CUDA"])
 _library.vmap_into_batch("point_plan")
 _differentiable = _library.differentiable("point_plan", setup_context=_setup, backward=_backward)

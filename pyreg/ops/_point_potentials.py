@@ -8,6 +8,8 @@ one pass over the plan (:mod:`pyreg.ops._point_plan`).
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,10 @@ from pyreg.ops._potentials import Side
 # Entries of all problems together up to which E is held where it is multiplied many times: 8 MB.
 _MOST_HELD = 1 << 20
 
+# Bytes of all problems' costs up to which CUDA holds them, unless it is to stream: what fits into the shared memory of
+# a large GPU, where the kernels of csrc/sinkhorn leave it through all iterations.
+_MOST_DENSE = 32 << 20
+
 # Rows without a weight whose potentials are found at a time.
 _UNKNOWN_ROWS = 4096
 
@@ -30,7 +36,14 @@ Points = tuple[Tensor, Tensor]
 
 
 def _on_cuda(x: Tensor, y: Tensor, point_cost: int, is_streaming: bool, *problem: Any) -> tuple[Tensor, ...]:
+    bytes_of_costs = x.shape[0] * x.shape[1] * y.shape[1] * x.element_size()
+    if _library.has_triton() and (is_streaming or bytes_of_costs > _MOST_DENSE):
+        return _triton().sinkhorn_points(x, y, point_cost, is_streaming, *problem)  # type: ignore[no-any-return]
     return _library.operator("sinkhorn")(_pairwise_cost.cost_of_computed(x, y, point_cost), *problem)  # type: ignore[no-any-return]
+
+
+def _triton() -> ModuleType:
+    return importlib.import_module("pyreg.triton_kernels.sinkhorn_points")
 
 
 def _found(
@@ -61,14 +74,26 @@ def _found(
 
 
 def _without_weights(points: Points, point_cost: int, side: Side, others: Tensor) -> Tensor:
-    if not others.is_cpu:
-        return _potentials.without_weights(_pairwise_cost.cost_of_computed(*points, point_cost), side, others)
+    if others.is_cpu:
+        return _filled(points, point_cost, side, others)
+    if _library.has_triton():
+        return _filled_without_waiting(points, point_cost, side, others)
+    return _potentials.without_weights(_pairwise_cost.cost_of_computed(*points, point_cost), side, others)
+
+
+def _filled(points: Points, point_cost: int, side: Side, others: Tensor) -> Tensor:
     result, is_unknown = side.bare, side.potentials == -torch.inf
     for index in is_unknown.any(1).nonzero().flatten().tolist():
         for rows in torch.split(is_unknown[index].nonzero().flatten(), _UNKNOWN_ROWS):
             sums = _log_sums(points[0][index, rows], points[1][index], point_cost, others[index], side.epsilon[index])
             result[index, rows] = -side.kappa[index, rows] * sums
     return result
+
+
+def _filled_without_waiting(points: Points, point_cost: int, side: Side, others: Tensor) -> Tensor:
+    is_unknown = side.potentials == -torch.inf
+    sums = _triton().log_sums(*points, point_cost, others, side.epsilon, is_unknown)
+    return torch.where(is_unknown, -side.kappa * sums, side.bare)
 
 
 def _log_sums(x: Tensor, y: Tensor, point_cost: int, others: Tensor, epsilon: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Entropic optimal transport: the public functions and their argument checks.
 
-Kernels: ``csrc/sinkhorn``. Operators and gradients: :mod:`pyreg.ops._potentials`. The result:
-:mod:`pyreg.ops._transport`. Definition: :mod:`pyreg.reference.sinkhorn`.
+Kernels: ``csrc/sinkhorn`` and ``csrc/point_plan``; between points on CUDA ``triton_kernels/sinkhorn_points.py`` and
+``triton_kernels/point_plan.py``, or torch's own operators where Triton is not there. Operators and gradients:
+:mod:`pyreg.ops._potentials` and :mod:`pyreg.ops._point_potentials`. The result: :mod:`pyreg.ops._transport`.
+Definition: :mod:`pyreg.reference.sinkhorn`.
 """
 
 from __future__ import annotations
@@ -155,7 +157,8 @@ def sinkhorn_points(
             read, which waits for a GPU.
         streaming: the matrix that an iteration multiplies with, ``exp((f + g - C) / epsilon)``, is formed anew each
             time (True), or held (False). By default it is held up to 128 MB, and from 8 dimensions on, where forming it
-            takes long, up to a quarter of the memory that is left. All that is not the iteration, gradients included,
+            takes long, up to a quarter of the memory that is left; on CUDA up to 32 MB of all problems, for more of it
+            is not held whatever is asked for. All that is not the iteration, gradients included,
             needs O((n + m) d) memory in any case, but for ``Transport.plan()``.
         epsilon, relative_epsilon, rho_a, rho_b, reference, max_iter, tol, epsilon_scaling, init: as of
             :func:`sinkhorn`.
