@@ -120,20 +120,22 @@ class Problem {
       if (iteration + 1 == max_iterations) epsilon = last;
       const bool is_last = epsilon <= last;
       set_epsilon(epsilon);
-      error = log_domain_iteration();
+      bool has_kernel = exact_iteration(error);
       ++iteration;
       const int64_t stage_end = iteration + kStageIterations;
       const int64_t end = is_last ? max_iterations : stage_end < max_iterations ? stage_end : max_iterations - 1;
       while (iteration < end && !(is_last && error <= args_.tolerance)) {
-        build_kernel();
+        if (!has_kernel) build_kernel();
+        has_kernel = false;
         if (scaling_iterations(iteration, end, is_last ? args_.tolerance : -INFINITY, error)) {
           absorb();
         } else {
           // The sums that were lost are found again on the cost, from the columns' potentials before.
           absorb(args_.column, index_ * m_, m_, v_.get());
-          error = log_domain_iteration();
+          has_kernel = exact_iteration(error);
         }
       }
+      if (has_kernel) absorb();
       if (is_last) break;
       epsilon = epsilon * args_.epsilon_factor > last ? epsilon * args_.epsilon_factor : last;
     }
@@ -187,51 +189,102 @@ class Problem {
     for (int64_t j = 0; j < m_; ++j) columns_hold_ = columns_hold_ && column_kappa_.get()[j] == 1;
   }
 
-  // ---- by log-sum-exp on the cost ----
+  // ---- from potentials ----
 
-  // x_j = (G_j - largest) / eps as A would lose what C and G have in common: kept as potentials, subtracted first.
-  double log_domain_iteration() {
-    const A scale = static_cast<A>(1 / epsilon_);
+  // An iteration from the columns' potentials alone, be the scalings what they may. Whether it leaves K, built around the
+  // rows' new potentials and the columns' old ones, with v for their new ones.
+  bool exact_iteration(double& error) {
     split_column_potentials();
-    // K is to be formed anew: until then its memory holds the costs.
-    has_costs_ = !Cost::kIsHeld && !is_streaming_;
-    for_each_block([&](int64_t block) {
-      double error = 0;
-      if constexpr (!Cost::kIsHeld) {
-        if (!is_streaming_)
+    if (is_streaming_) {
+      for_each_block([&](int64_t block) {
+        BlockState& state = block_states_.get()[block] = {};
+        A* const exponentials = kernel_.get() + block * kTogether * stride_;
+        for (int64_t i = first_row(block); i < first_row(block + 1); ++i) exact_row(i, exponentials, false, state);
+      });
+    } else {
+      reset_columns();
+      for_each_block([&](int64_t block) { build_exact_rows(block); });
+      has_costs_ = false;
+    }
+    error = sum_of_errors();
+    if (!is_streaming_ && scale_columns()) return true;
+    // Some column has next to nothing of what rows give: found with a maximum of its own.
+    if constexpr (!Cost::kIsHeld) {
+      has_costs_ = !is_streaming_;  // in K's memory, until it is formed anew
+      if (has_costs_) {
+        for_each_block([&](int64_t block) {
           fill_costs_of(first_row(block), first_row(block + 1), kernel_.get() + first_row(block) * stride_);
-      }
-      for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
-        Vector<A> largest = broadcast(-static_cast<A>(__builtin_inf()));
-        for_each_vector(i, [&](int64_t j, Vector<A> cost) {
-          const Vector<A> x = load(shifted_.get() + j) - cost;
-          largest = x > largest ? x : largest;
         });
-        A maximum = largest[0];
-        for (int lane = 1; lane < kLanes<A>; ++lane) maximum = largest[lane] > maximum ? largest[lane] : maximum;
-        const double old = row_potentials()[i];
-        double potential = -INFINITY;
-        if (maximum > -static_cast<A>(__builtin_inf())) {
-          Vector<A> sum{};
-          for_each_vector(i, [&](int64_t j, Vector<A> cost) {
-            const Vector<A> potential = load(shifted_.get() + j), low = load(shifted_low_.get() + j);
-            sum += exponential(difference<A>(potential, cost, broadcast(-maximum), low) * scale);
-          });
-          const double log_sum =
-              static_cast<double>(maximum) / epsilon_ + std::log(static_cast<double>(sum_lanes(sum)));
-          const int64_t k = index_ * n_ + i;
-          potential = epsilon_ * (target(args_.row, k) - kappa(args_.row, k, epsilon_) * log_sum);
-          error += row_error(k, old / epsilon_ + log_sum, potential - old);
-        }
-        row_potentials()[i] = potential;
       }
-      block_states_.get()[block].error = error;
-    });
-    log_domain_columns(scale);
-    return sum_of_errors();
+    }
+    log_domain_columns();
+    return false;
   }
 
-  void log_domain_columns(A scale) {
+  // K's rows around their exact potentials, and what they add to the columns' sums.
+  void build_exact_rows(int64_t block) {
+    const int64_t first = first_row(block), end = first_row(block + 1);
+    A* const k = kernel_.get() + first * stride_;
+    if constexpr (!Cost::kIsHeld) fill_costs_of(first, end, k);
+    A* const sums = partial_.get() + block * stride_;
+    for (int64_t j = 0; j < stride_; ++j) sums[j] = 0;
+    BlockState& state = block_states_.get()[block] = {0, 1, 1, false, {}};
+    for (int64_t i = first; i < end; ++i) {
+      A* const row = k + (i - first) * stride_;
+      const A scale = exact_row(i, row, !Cost::kIsHeld, state);
+      row_factor_.get()[i] = factor(args_.row, index_ * n_ + i, row_potentials()[i]);
+      u_.get()[i] = scale > 0 ? A(1) : A(0);
+      for (int64_t j = 0; j < stride_; j += kLanes<A>) {
+        const Vector<A> plan = scale > 0 ? load(row + j) * scale : Vector<A>{};
+        store(row + j, plan);
+        store(sums + j, load(sums + j) + plan);
+      }
+    }
+  }
+
+  // Row i's potential from the columns', and exp((G_j - C_ij - largest) / eps) in `exponentials`, which may hold its
+  // costs; the factor that makes K's row of them, 0 where nothing is transported. As x_j = (G_j - largest) / eps, A would
+  // lose what C and G have in common: kept as potentials, subtracted first.
+  A exact_row(int64_t i, A* exponentials, bool has_costs, BlockState& state) const {
+    const A scale = static_cast<A>(1 / epsilon_), none = -static_cast<A>(__builtin_inf());
+    Vector<A> largest = broadcast(none);
+    const auto find_largest = [&](int64_t j, Vector<A> cost) {
+      const Vector<A> x = load(shifted_.get() + j) - cost;
+      largest = x > largest ? x : largest;
+    };
+    Vector<A> sum{};
+    A maximum = none;
+    const auto exponentiate = [&](int64_t j, Vector<A> cost) {
+      const Vector<A> potential = load(shifted_.get() + j), low = load(shifted_low_.get() + j);
+      const Vector<A> term = exponential(difference<A>(potential, cost, broadcast(-maximum), low) * scale);
+      store(exponentials + j, term);
+      sum += term;
+    };
+    const auto over_costs = [&](auto&& function) {
+      if (!has_costs) return for_each_cost(i, function);
+      for (int64_t j = 0; j < stride_; j += kLanes<A>) function(j, load(exponentials + j));
+    };
+    over_costs(find_largest);
+    for (int lane = 0; lane < kLanes<A>; ++lane) maximum = largest[lane] > maximum ? largest[lane] : maximum;
+    const double old = row_potentials()[i];
+    row_potentials()[i] = -INFINITY;
+    if (maximum == none) return 0;
+    over_costs(exponentiate);
+    const int64_t k = index_ * n_ + i;
+    const double largest_exponent = static_cast<double>(maximum) / epsilon_;
+    const double log_sum = largest_exponent + std::log(static_cast<double>(sum_lanes(sum)));
+    const double exponent = target(args_.row, k) - kappa(args_.row, k, epsilon_) * log_sum;
+    row_potentials()[i] = epsilon_ * exponent;
+    state.error += row_error(k, old / epsilon_ + log_sum, epsilon_ * exponent - old);
+    const A result = static_cast<A>(std::exp(exponent + largest_exponent));
+    if (exponent > -INFINITY && !(result > 1 / kWidest<A> && result < kWidest<A>)) state.is_lost = true;
+    return result;
+  }
+
+  // ---- by log-sum-exp on the cost ----
+
+  void log_domain_columns() {
+    const A scale = static_cast<A>(1 / epsilon_);
     const A none = -static_cast<A>(__builtin_inf());
     for_each_block([&](int64_t block) {
       A* const maxima = maxima_.get() + block * stride_;
@@ -298,18 +351,25 @@ class Problem {
     }
   }
 
-  // Scalings of 1 around the potentials as they are, and K for them.
-  void build_kernel() {
-    split_column_potentials();
-    const auto factor = [&](const SinkhornSide& side, int64_t k, double potential) {
-      const double exponent = target(side, k) + (kappa(side, k, epsilon_) - 1) * potential / epsilon_;
-      return std::isfinite(potential) ? static_cast<A>(std::exp(exponent)) : A(0);
-    };
+  // Of a scaling: what it is but for the power of its sum.
+  A factor(const SinkhornSide& side, int64_t k, double potential) const {
+    const double exponent = target(side, k) + (kappa(side, k, epsilon_) - 1) * potential / epsilon_;
+    return std::isfinite(potential) ? static_cast<A>(std::exp(exponent)) : A(0);
+  }
+
+  // Scalings of 1 for the columns around the potentials as they are.
+  void reset_columns() {
     for (int64_t j = 0; j < stride_; ++j) {
       const double potential = j < m_ ? column_potentials()[j] : -INFINITY;
       column_factor_.get()[j] = j < m_ ? factor(args_.column, index_ * m_ + j, potential) : A(0);
       v_.get()[j] = std::isfinite(potential) ? A(1) : A(0);
     }
+  }
+
+  // Scalings of 1 around the potentials as they are, and K for them.
+  void build_kernel() {
+    split_column_potentials();
+    reset_columns();
     for (int64_t i = 0; i < n_; ++i) {
       const double potential = row_potentials()[i];
       row_factor_.get()[i] = factor(args_.row, index_ * n_ + i, potential);
