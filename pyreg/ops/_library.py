@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyreg import _extension
 
@@ -100,7 +101,7 @@ def implement(name: str, function: Callable[..., Any], keys: Sequence[str] = ("C
     """
 
     def without_autocast(first: Tensor, *args: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
+        with no_autocast(first):
             return function(first, *args)
 
     if _extension.CPU.error is None:
@@ -175,7 +176,11 @@ def differentiable(
     def call(*args: Any) -> Any:
         if is_compiling():
             return forward(*args)
-        return transformed(*args) if transforms_active() else eager(*args)
+        if transforms_active():
+            return transformed(*args)
+        # A Function that nothing will be asked of costs as much as a small kernel.
+        is_asked = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        return eager(*args) if is_asked or forward_ad._current_level >= 0 else below_autograd(*args)
 
     return call
 

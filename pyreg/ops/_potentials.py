@@ -28,6 +28,7 @@ where p and q solve the adjoint equations of :mod:`pyreg.ops._adjoint`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 
 from pyreg import _extension
-from pyreg.ops import _adjoint, _library, _log_domain
+from pyreg.ops import _adjoint, _checks, _library, _log_domain
 
 
 class Side(NamedTuple):
@@ -116,6 +117,9 @@ class Side(NamedTuple):
 
     def sum(self, values: Tensor) -> Tensor:
         """``[B]``, over the weights; one of 0 adds nothing, be its value infinite."""
+        result = (self.weights * values).sum(1)
+        if result.is_cpu and _are_finite(result):
+            return result
         return (self.weights * values.masked_fill((self.weights == 0) & values.isinf(), 0)).sum(1)
 
 
@@ -130,6 +134,11 @@ def sides(
     is_counting: bool,
 ) -> tuple[Side, Side]:
     return Side(f, a, rho_a, epsilon, is_counting), Side(g, b, rho_b, epsilon, is_counting)
+
+
+def _are_finite(numbers: Tensor) -> bool:
+    """Whether they can be seen to be, by one cheap pass."""
+    return _checks.reads_values(numbers) and math.isfinite(numbers.sum().item())
 
 
 def _or_one(weights: Tensor) -> Tensor:
@@ -230,11 +239,16 @@ def _potentials(
     initial: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What ``pyreg::sinkhorn`` finds, without the weights, and extended to weights of 0."""
+    log_a, log_b = a.log(), b.log()
     found = _library.operator("sinkhorn")(
-        *(cost, a, b, a.log(), b.log(), rho_a, rho_b, epsilon, first_epsilon, epsilon_factor, is_counting),
+        *(cost, a, b, log_a, log_b, rho_a, rho_b, epsilon, first_epsilon, epsilon_factor, is_counting),
         *(max_iter, tol, initial),
     )
     with_a, with_b, error, iterations = found
+    if rho_a is None and rho_b is None and cost.is_cpu:
+        f, g = with_a - epsilon.unsqueeze(1) * log_a, with_b - epsilon.unsqueeze(1) * log_b
+        if _are_finite(f) and _are_finite(g):  # no weight is 0
+            return f, g, error, iterations
     rows, columns = sides(a, b, with_a, with_b, rho_a, rho_b, epsilon, is_counting)
     f = without_weights(cost, rows, with_b)
     return f, without_weights(cost.mT, columns, with_a), error, iterations
@@ -335,9 +349,10 @@ potentials = _library.differentiable(
 
 def dual_value(row: Side, column: Side) -> Tensor:
     """The dual, where the columns' potentials are the last to have been brought up to date: their marginal is known."""
-    mass = column.sum(column.kept)
+    of_columns = column.weights.sum(1)
+    mass = of_columns if column.rho is None else column.sum(column.kept)
     if not row.is_counting:
-        mass = mass - row.weights.sum(1) * column.weights.sum(1)
+        mass = mass - row.weights.sum(1) * of_columns
     return row.sum(row.penalised) + column.sum(column.penalised) - row.epsilon * mass
 
 

@@ -229,6 +229,8 @@ class Transport:
             return
         self._has_looked = True
         error, tol = self._progress.error, self._progress.tol
+        if tol == 0:  # all iterations were asked for, and made
+            return
         failed = ~(error <= tol)
         if not bool(failed.any()):
             return

@@ -62,7 +62,8 @@ def solve(
     rho_a = arguments.rho("rho_a", options.rho_a, problems.rows)
     rho_b = arguments.rho("rho_b", options.rho_b, problems.columns)
     must_hold = _both_must_hold(a, rho_a, rho_b)
-    b = _of_equal_mass(operator, a, b, must_hold, like.dtype)
+    if options.a is not None or options.b is not None:
+        b = _of_equal_mass(operator, a, b, must_hold, like.dtype)
     cost.check(operator, a, b, rho_a, rho_b)
     epsilon = arguments.epsilon(options.epsilon, options.relative_epsilon, cost, problems.shape)
     first, factor = _first_epsilon(operator, options.epsilon_scaling, cost, epsilon)

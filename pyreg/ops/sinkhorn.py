@@ -66,7 +66,7 @@ def sinkhorn(
             (``[m]``, ``[..., m]``) with one for each entry. ``inf`` and None: the marginal must hold.
         reference: ``"product"`` or ``"counting"``, see above.
         max_iter: at least 1; the iterations of all stages of epsilon.
-        tol: what :attr:`Transport.marginal_error` has to come down to; 0 makes all iterations.
+        tol: what :attr:`Transport.marginal_error` has to come down to; 0 makes all iterations, and warns of nothing.
         epsilon_scaling: a factor between 0 and 1: the first iterations are made at an epsilon of the cost's range,
             which is multiplied by the factor every few of them until it is epsilon. Small epsilons come near their
             solution in a fraction of the iterations so; the last digits take as many as without.
