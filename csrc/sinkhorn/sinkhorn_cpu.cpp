@@ -1,7 +1,7 @@
 // CPU kernel of Sinkhorn's iteration on a dense cost. Method and notation: sinkhorn.h.
 //
 // One problem is shared by the threads in blocks of rows, whose sums for the columns are added up in a fixed order; of
-// a batch of problems, each is one thread's. Two rows go together: v is loaded once for their sums, t once for what
+// a batch of problems, each is one thread's. Some rows go together: v is loaded once for their sums, t once for what
 // they add to it. Bytes an iteration: K once from wherever it lies, and once more from the first-level cache.
 #include <cmath>
 #include <type_traits>
@@ -26,7 +26,8 @@ constexpr A kWidest = sizeof(A) == 4 ? A(1e15) : A(1e100);
 // Rows go in tiles that are still in the first-level cache when they are added to the columns' sums, four rows sharing
 // each read and write of those. 500 x 500 on 2 cores: 10.4 us an iteration two rows at a time, 8.0 so. 2000 x 2000 is
 // bound by the reads of K from beyond the second level: 277 us an iteration, whatever the tile.
-constexpr int64_t kTogether = 4;
+template <typename A>
+constexpr int64_t kTogether = kLanes<A> < 4 ? kLanes<A> : 4;
 constexpr int64_t kTileBytes = 32 << 10;
 constexpr int64_t kMostBlocks = 16;  // of rows: the most threads that share a problem
 
@@ -166,12 +167,12 @@ class Problem {
 
   static int64_t tile_rows(int64_t stride) {
     const int64_t most = kTileBytes / (stride * static_cast<int64_t>(sizeof(A)));
-    return most < kTogether ? kTogether : most < kLanes<A> ? most : kLanes<A>;
+    return most < kTogether<A> ? kTogether<A> : most < kLanes<A> ? most : kLanes<A>;
   }
 
   static int64_t block_count(const SinkhornArgs& args) {
     const int64_t most = args.is_streaming ? kMostBlocks : args.rows * args.columns / kBlockEntries;
-    const int64_t by_rows = args.rows / kTogether;
+    const int64_t by_rows = args.rows / kTogether<A>;
     const int64_t count = most < by_rows ? most : by_rows;
     return count < 1 ? 1 : count < kMostBlocks ? count : kMostBlocks;
   }
@@ -405,8 +406,8 @@ class Problem {
 
   void fill_costs_of(int64_t first, int64_t end, A* to) const {
     if constexpr (!Cost::kIsHeld) {
-      for (; first + kTogether <= end; first += kTogether, to += kTogether * stride_) {
-        fill_costs<kTogether>(cost_, first, to);
+      for (; first + kTogether<A> <= end; first += kTogether<A>, to += kTogether<A> * stride_) {
+        fill_costs<kTogether<A>>(cost_, first, to);
       }
       for (; first < end; ++first, to += stride_) fill_costs<1>(cost_, first, to);
     }
@@ -519,7 +520,7 @@ class Problem {
   template <typename Function>
   static void in_groups(int64_t count, Function&& function) {
     int64_t r = 0;
-    for (; r + kTogether <= count; r += kTogether) function(std::integral_constant<int64_t, kTogether>{}, r);
+    for (; r + kTogether<A> <= count; r += kTogether<A>) function(std::integral_constant<int64_t, kTogether<A>>{}, r);
     for (; r < count; ++r) function(std::integral_constant<int64_t, 1>{}, r);
   }
 
@@ -623,7 +624,7 @@ class Problem {
   int64_t n_, m_, stride_, index_, blocks_;
   Cost cost_;
   bool has_costs_ = false;  // kernel_ holds the costs for now
-  bool is_streaming_;       // K is formed anew in every iteration, kTogether rows of a block at a time
+  bool is_streaming_;       // K is formed anew in every iteration, tile_ rows of a block at a time
   int64_t tile_;            // rows
   Scratch<A> kernel_;
   Scratch<A> u_, row_factor_, row_kappa_, row_weight_;
