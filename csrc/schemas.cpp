@@ -118,7 +118,8 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
   library.def(
       "sinkhorn_points_potentials(Tensor x, Tensor y, int point_cost, bool is_streaming, Tensor a, Tensor b, Tensor? "
       "rho_a, Tensor? rho_b, Tensor epsilon, Tensor first_epsilon, float epsilon_factor, bool is_counting, int "
-      "max_iter, float tol, Tensor initial) -> (Tensor f, Tensor g, Tensor error, Tensor iterations)");
+      "max_iter, float tol, Tensor initial, Tensor? row_padding, Tensor? column_padding) -> (Tensor f, Tensor g, "
+      "Tensor error, Tensor iterations)");
   library.def(
       "sinkhorn_points_value(Tensor x, Tensor y, Tensor a, Tensor b, Tensor f, Tensor g, Tensor? rho_a, Tensor? rho_b, "
       "Tensor epsilon, int point_cost, bool is_counting) -> Tensor");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
@@ -531,6 +532,100 @@ def test_ragged_equals_looped(device: torch.device, epsilon: dict[str, float], s
         torch.testing.assert_close(uniform.value[k], sinkhorn_points(x[i], y[j], **options).value, **EXACT)
 
 
+@pytest.mark.parametrize("reference", ["product", "counting"])
+def test_second_order_of_ragged_equals_looped(device: torch.device, reference: str) -> None:
+    n, m = [3, 1, 4], [2, 5, 3]
+    offsets = [[0, *itertools.accumulate(sizes)] for sizes in (n, m)]
+    inputs = [torch.randn(sum(n), 2, dtype=DOUBLE, device=device), torch.randn(sum(m), 2, dtype=DOUBLE, device=device)]
+    inputs += [torch.rand(sum(sizes), dtype=DOUBLE, device=device) + 0.5 for sizes in (n, m)]
+    direction = [torch.randn_like(tensor) for tensor in inputs]
+
+    def loss(transport: Transport, x: Tensor) -> Tensor:
+        return transport.value.sum() + transport.f.sin().sum() + (transport.apply_transpose(x) ** 2).sum()
+
+    options = {"epsilon": 0.5, "rho_a": 0.7, "rho_b": 0.9, "reference": reference, **CONVERGED}
+
+    def ragged(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return loss(sinkhorn_points(x, y, a, b, x_offsets=offsets[0], y_offsets=offsets[1], **options), x)
+
+    def looped(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        total = x.new_zeros(())
+        for k in range(3):
+            i, j = (slice(*bounds[k : k + 2]) for bounds in offsets)
+            total = total + loss(sinkhorn_points(x[i], y[j], a[i], b[j], **options), x[i])
+        return total
+
+    def along(function: Callable[..., Tensor], *leaves: Tensor) -> Tensor:
+        found = torch.autograd.grad(function(*leaves), leaves, create_graph=True)
+        return sum((gradient * by).sum() for gradient, by in zip(found, direction, strict=True))  # type: ignore[return-value]
+
+    for function in (lambda f: gradients(f, *inputs), lambda f: gradients(functools.partial(along, f), *inputs)):
+        for actual, expected in zip(function(ragged), function(looped), strict=True):
+            torch.testing.assert_close(actual, expected, **EXACT)
+
+
+# Sizes below and above those that threads share, in one block of rows and in several.
+SIZES = [(3, 5), (700, 40), (300, 260), (1, 1), (420, 430), (1100, 1000), (40, 700)]
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32], ids=str)
+@pytest.mark.parametrize("dimension", [2, 6])
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_padding_is_not_looked_at(is_streaming: bool, dimension: int, dtype: torch.dtype) -> None:
+    """Of a ragged batch problems have the bits that they have alone, and what stands beyond them is never read: there it
+    is NaN."""
+    n, m = (max(sizes) for sizes in zip(*SIZES, strict=True))
+    batch = len(SIZES)
+    x, y = (torch.full((batch, count, dimension), math.nan, dtype=dtype) for count in (n, m))
+    a, b = (torch.zeros(batch, count, dtype=DOUBLE) for count in (n, m))
+    for k, (rows, columns) in enumerate(SIZES):
+        x[k, :rows], y[k, :columns] = torch.rand(rows, dimension), torch.rand(columns, dimension)
+        a[k, :rows], b[k, :columns] = 1 / rows, 1 / columns
+    epsilon = torch.full((batch,), 0.05, dtype=DOUBLE)
+    u, z = (weights.unsqueeze(2).to(dtype).expand(-1, -1, 2).contiguous() for weights in (a, b))
+
+    def solve(which: slice, n: int, m: int) -> tuple[Tensor, ...]:
+        points, weights = (x[which, :n].contiguous(), y[which, :m].contiguous()), (a[which, :n], b[which, :m])
+        weights = tuple(each.contiguous() for each in weights)
+        logarithms = tuple(each.log() for each in weights)
+        found = torch.ops.pyreg.sinkhorn_points(
+            *(*points, 0, is_streaming, *weights, *logarithms, None, None, epsilon[which], epsilon[which], 0.5),
+            *(False, 5, 0.0, epsilon[which].unsqueeze(1) * logarithms[1]),
+        )
+        factors = u[which, :n].contiguous(), z[which, :m].contiguous()
+        passed = torch.ops.pyreg.point_plan(
+            *points, found[0], found[1], epsilon[which], *factors, 0, False, True, True, True, True
+        )
+        return *found, *passed
+
+    together = solve(slice(0, batch), n, m)
+    for k, (rows, columns) in enumerate(SIZES):
+        alone = solve(slice(k, k + 1), rows, columns)
+        for actual, expected, count in zip(together, alone, (rows, columns, 0, 0, rows, columns, rows, columns), strict=True):
+            if count == 0:
+                assert torch.equal(actual[k], expected[0])
+            else:
+                assert expected.isfinite().all()
+                assert torch.equal(actual[k, :count], expected[0])
+                if actual.dim() == 2:
+                    assert (actual[k, count:] == -torch.inf).all()
+                else:
+                    assert actual[k, count:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_where_stages_begin_between_points(cost: str) -> None:
+    """The bound on the costs' range holds them all, and is not far off where clouds are round."""
+    options = {"epsilon": 1e-3, "max_iter": 1, "tol": 0.0, "cost": cost}
+    for dimension, most in ((1, 1.5), (3, 3.0), (64, 4.5)):
+        x, y = torch.randn(40, dimension, dtype=DOUBLE), torch.randn(50, dimension, dtype=DOUBLE) + 2
+        costs = reference.pairwise_cost(x, y, cost)
+        found = sinkhorn_points(x, y, **options)._cost.range().item()
+        exact = (costs.max() - costs.min()).item()
+        assert exact <= found
+        assert found <= (2 if cost == "cosine" else most * costs.max().item())
+
+
 # ---- edges ----
 
 
@@ -1017,7 +1112,10 @@ def test_opcheck_points() -> None:
     points, weights = (x.detach(), y.detach()), (a.detach(), b.detach())
     logarithms = tuple(each.log() for each in weights)
     opcheck(torch.ops.pyreg.sinkhorn_points.default, (*points, 1, True, *weights, *logarithms, *rest))
-    opcheck(torch.ops.pyreg.sinkhorn_points_potentials.default, (x, y, 1, False, a, b, *rest))
+    opcheck(torch.ops.pyreg.sinkhorn_points_potentials.default, (x, y, 1, False, a, b, *rest, None, None))
+    is_padding = torch.tensor([[False] * 4 + [True], [False] * 5])
+    padded = (x, y, 1, False, a.detach().masked_fill(is_padding, 0).requires_grad_(), b, *rest, is_padding, None)
+    opcheck(torch.ops.pyreg.sinkhorn_points_potentials.default, padded)
     arguments = (x, y, a, b, f.detach(), g.detach(), None, rho, epsilon, 0, True)
     opcheck(torch.ops.pyreg.sinkhorn_points_value.default, arguments)
     u, z = (torch.randn(2, k, 2, dtype=DOUBLE, requires_grad=True) for k in (5, 7))

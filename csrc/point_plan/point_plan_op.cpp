@@ -1,5 +1,6 @@
 // One pass over the plan between points: panels, and torch's products with them.
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -22,10 +23,10 @@ struct Wanted {
   bool rows, columns, x, y;
 };
 
-// Contiguous [B, count, width] as its problems' matrices.
-Tensor problem_of(const Tensor& tensor, int64_t index) {
-  const int64_t count = tensor.size(1), width = tensor.size(2);
-  return matrix_view(tensor, index * count * width, {count, width}, {width, 1});
+// Contiguous [B, size, width] as its problems' matrices of their first rows.
+Tensor problem_of(const Tensor& tensor, int64_t index, int64_t count) {
+  const int64_t size = tensor.size(1), width = tensor.size(2);
+  return matrix_view(tensor, index * size * width, {count, width}, {width, 1});
 }
 Tensor rows_of(const Tensor& matrix, int64_t first, int64_t count, int64_t stride, int64_t width) {
   return matrix_view(matrix, first * stride, {count, width}, {stride, 1});
@@ -38,6 +39,12 @@ Tensor zeros(std::initializer_list<int64_t> sizes, const Tensor& like) {
   Tensor result = empty(sizes, like.scalar_type(), like);
   torch::stable::zero_(result);
   return result;
+}
+
+// Rows or columns but for those at the end that have no part in the plan: a ragged batch is padded with them.
+int64_t count_present(const double* potentials, int64_t count) {
+  while (count > 0 && potentials[count - 1] == -INFINITY) --count;
+  return count;
 }
 
 template <typename A>
@@ -53,26 +60,34 @@ class Pass {
         column_potentials_(static_cast<const double*>(column_potentials.const_data_ptr())),
         epsilon_(static_cast<const double*>(epsilon.const_data_ptr())),
         batch_(x.size(0)),
-        n_(x.size(1)),
-        m_(y.size(1)),
+        all_rows_(x.size(1)),
+        all_columns_(y.size(1)),
         d_(x.size(2)),
         k_(u.size(2)),
-        stride_((m_ + kPadding - 1) / kPadding * kPadding),
         wanted_(wanted),
-        rows(zeros({batch_, n_, k_}, x)),
-        columns(zeros({batch_, m_, k_}, x)),
-        by_x(zeros({batch_, n_, d_}, x)),
-        by_y(zeros({batch_, m_, d_}, x)) {
+        rows(zeros({batch_, all_rows_, k_}, x)),
+        columns(zeros({batch_, all_columns_, k_}, x)),
+        by_x(zeros({batch_, all_rows_, d_}, x)),
+        by_y(zeros({batch_, all_columns_, d_}, x)) {
     args_ = {};
     args_.dtype = sizeof(A) == 8 ? Dtype::float64 : Dtype::float32;
     args_.point_cost = point_cost;
-    args_.columns = m_;
     args_.dimension = d_;
-    args_.stride = stride_;
     args_.times_cost = times_cost;
   }
 
   void run() {
+    for (int64_t index = 0; index < batch_; ++index) {
+      n_ = count_present(row_potentials_ + index * all_rows_, all_rows_);
+      m_ = count_present(column_potentials_ + index * all_columns_, all_columns_);
+      stride_ = (m_ + kPadding - 1) / kPadding * kPadding;
+      problem(index);
+    }
+  }
+
+ private:
+  void problem(int64_t index) {
+    const int64_t of_rows = index * all_rows_, of_columns = index * all_columns_;
     const bool has_plan = wanted_.rows || wanted_.columns, has_weights = wanted_.x || wanted_.y;
     if (n_ == 0 || m_ == 0 || !(has_plan || has_weights)) return;
     const bool is_vector = k_ == 1, pulls_directly = has_weights && is_direct(args_.point_cost, d_);
@@ -93,66 +108,63 @@ class Pass {
     args_.weights = holds_weights ? weights.mutable_data_ptr() : nullptr;
     if (pulls_directly && wanted_.y) args_.by_y = direct_by_y.mutable_data_ptr();
     if (has_weights && is_vector) args_.z = z_padded.const_data_ptr();
-    for (int64_t index = 0; index < batch_; ++index) {
-      cpu::point_columns({args_.dtype, m_, d_, stride_, data(y_) + index * m_ * d_, column_potentials_ + index * m_,
-                          coordinates.mutable_data_ptr(), potentials.mutable_data_ptr()});
-      args_.epsilon = epsilon_[index];
-      if (is_vector) std::copy_n(data(z_) + index * m_, m_, static_cast<A*>(z_padded.mutable_data_ptr()));
-      const Centred points(*this, index, has_weights && !pulls_directly);
-      const Tensor u = problem_of(u_, index), z = problem_of(z_, index);
-      const Tensor sums_of_columns = zeros({wanted_.y && !pulls_directly ? m_ : 0, d_ + 1}, x_);
-      if (index > 0) torch::stable::zero_(direct_by_y);
-      for (int64_t first = 0; first < n_; first += panel_rows) {
-        const int64_t count = std::min(panel_rows, n_ - first);
-        args_.rows = count;
-        args_.x = data(x_) + (index * n_ + first) * d_;
-        args_.row_potentials = row_potentials_ + index * n_ + first;
-        const Tensor u_rows = rows_of(u_, index * n_ + first, count, k_, k_);
-        const Tensor weights_here = rows_of(weights, 0, holds_weights ? count : 0, stride_, m_);
-        if (pulls_directly && wanted_.x)
-          args_.by_x = static_cast<A*>(by_x.mutable_data_ptr()) + (index * n_ + first) * d_;
-        if (has_weights) {
-          if (is_vector)
-            args_.u = data(u_) + index * n_ + first;
-          else
-            multiply(weights_here, u_rows, matrix_view(z_, index * m_ * k_, {k_, m_}, {1, k_}));
-        }
-        cpu::point_plan(args_);
-        if (wanted_.rows) {
-          multiply(rows_of(rows, index * n_ + first, count, k_, k_), rows_of(plan, 0, count, stride_, m_), z);
-        }
-        if (wanted_.columns) {
-          add_product(problem_of(columns, index), transposed_rows_of(plan, 0, count, stride_, m_), u_rows);
-        }
-        if (pulls_directly) continue;
-        if (wanted_.x) {
-          const Tensor sums = empty({count, d_ + 1}, x_.scalar_type(), x_);
-          multiply(sums, weights_here, points.y);
-          points.pull(sums, points.x, first, count, static_cast<A*>(by_x.mutable_data_ptr()) + index * n_ * d_);
-        }
-        if (wanted_.y) {
-          add_product(sums_of_columns, transposed_rows_of(weights, 0, count, stride_, m_),
-                      rows_of(points.x, first, count, d_ + 1, d_ + 1));
-        }
+    cpu::point_columns({args_.dtype, m_, d_, stride_, data(y_) + of_columns * d_, column_potentials_ + of_columns,
+                        coordinates.mutable_data_ptr(), potentials.mutable_data_ptr()});
+    args_.columns = m_;
+    args_.stride = stride_;
+    args_.epsilon = epsilon_[index];
+    if (is_vector) std::copy_n(data(z_) + of_columns, m_, static_cast<A*>(z_padded.mutable_data_ptr()));
+    const Centred points(*this, index, has_weights && !pulls_directly);
+    const Tensor u = problem_of(u_, index, n_), z = problem_of(z_, index, m_);
+    const Tensor sums_of_columns = zeros({wanted_.y && !pulls_directly ? m_ : 0, d_ + 1}, x_);
+    for (int64_t first = 0; first < n_; first += panel_rows) {
+      const int64_t count = std::min(panel_rows, n_ - first);
+      args_.rows = count;
+      args_.x = data(x_) + (of_rows + first) * d_;
+      args_.row_potentials = row_potentials_ + of_rows + first;
+      const Tensor u_rows = rows_of(u_, of_rows + first, count, k_, k_);
+      const Tensor weights_here = rows_of(weights, 0, holds_weights ? count : 0, stride_, m_);
+      if (pulls_directly && wanted_.x) args_.by_x = static_cast<A*>(by_x.mutable_data_ptr()) + (of_rows + first) * d_;
+      if (has_weights) {
+        if (is_vector)
+          args_.u = data(u_) + of_rows + first;
+        else
+          multiply(weights_here, u_rows, matrix_view(z_, of_columns * k_, {k_, m_}, {1, k_}));
       }
-      if (pulls_directly) {
-        finish_direct(index, direct_by_y);
-      } else if (wanted_.y) {
-        points.pull(sums_of_columns, points.y, 0, m_, static_cast<A*>(by_y.mutable_data_ptr()) + index * m_ * d_);
+      cpu::point_plan(args_);
+      if (wanted_.rows) {
+        multiply(rows_of(rows, of_rows + first, count, k_, k_), rows_of(plan, 0, count, stride_, m_), z);
       }
+      if (wanted_.columns) {
+        add_product(problem_of(columns, index, m_), transposed_rows_of(plan, 0, count, stride_, m_), u_rows);
+      }
+      if (pulls_directly) continue;
+      if (wanted_.x) {
+        const Tensor sums = empty({count, d_ + 1}, x_.scalar_type(), x_);
+        multiply(sums, weights_here, points.y);
+        points.pull(sums, points.x, first, count, static_cast<A*>(by_x.mutable_data_ptr()) + of_rows * d_);
+      }
+      if (wanted_.y) {
+        add_product(sums_of_columns, transposed_rows_of(weights, 0, count, stride_, m_),
+                    rows_of(points.x, first, count, d_ + 1, d_ + 1));
+      }
+    }
+    if (pulls_directly) {
+      finish_direct(index, direct_by_y);
+    } else if (wanted_.y) {
+      points.pull(sums_of_columns, points.y, 0, m_, static_cast<A*>(by_y.mutable_data_ptr()) + of_columns * d_);
     }
   }
 
- private:
   // The factor s, and the blocks' sums.
   void finish_direct(int64_t index, const Tensor& partial) {
     const A scale = args_.point_cost == PointCost::sqeuclidean ? A(2) : A(1);
-    A* const of_x = static_cast<A*>(by_x.mutable_data_ptr()) + index * n_ * d_;
+    A* const of_x = static_cast<A*>(by_x.mutable_data_ptr()) + index * all_rows_ * d_;
     if (wanted_.x) {
       for (int64_t i = 0; i < n_ * d_; ++i) of_x[i] *= scale;
     }
     if (!wanted_.y) return;
-    A* const of_y = static_cast<A*>(by_y.mutable_data_ptr()) + index * m_ * d_;
+    A* const of_y = static_cast<A*>(by_y.mutable_data_ptr()) + index * all_columns_ * d_;
     for (int64_t k = 0; k < d_; ++k) {
       for (int64_t j = 0; j < m_; ++j) {
         A sum = 0;
@@ -170,7 +182,7 @@ class Pass {
           x(empty({is_needed ? pass.n_ : 0, d + 1}, pass.x_.scalar_type(), pass.x_)),
           y(empty({is_needed ? pass.m_ : 0, d + 1}, pass.x_.scalar_type(), pass.x_)) {
       if (!is_needed) return;
-      const A* const of_x = data(pass.x_) + index * pass.n_ * d;
+      const A* const of_x = data(pass.x_) + index * pass.all_rows_ * d;
       std::vector<double> centre(static_cast<size_t>(d), 0.0);
       if (point_cost != PointCost::cosine) {
         for (int64_t i = 0; i < pass.n_; ++i) {
@@ -179,7 +191,7 @@ class Pass {
         }
       }
       fill(of_x, pass.n_, centre, static_cast<A*>(x.mutable_data_ptr()));
-      fill(data(pass.y_) + index * pass.m_ * d, pass.m_, centre, static_cast<A*>(y.mutable_data_ptr()));
+      fill(data(pass.y_) + index * pass.all_columns_ * d, pass.m_, centre, static_cast<A*>(y.mutable_data_ptr()));
     }
 
     void fill(const A* points, int64_t count, const std::vector<double>& centre, A* to) const {
@@ -213,9 +225,10 @@ class Pass {
 
   const Tensor &x_, &y_, &u_, &z_;
   const double *row_potentials_, *column_potentials_, *epsilon_;
-  int64_t batch_, n_, m_, d_, k_, stride_;
+  int64_t batch_, all_rows_, all_columns_, d_, k_;
   Wanted wanted_;
   PointPlanArgs args_;
+  int64_t n_ = 0, m_ = 0, stride_ = 0;  // of a problem
 
  public:
   Tensor rows, columns, by_x, by_y;

@@ -3,8 +3,12 @@
 // One problem is shared by the threads in blocks of rows, whose sums for the columns are added up in a fixed order; of
 // a batch of problems, each is one thread's. Some rows go together: v is loaded once for their sums, t once for what
 // they add to it. Bytes an iteration: K once from wherever it lies, and once more from the first-level cache.
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "core/huge_pages.h"
 #include "core/math.h"
@@ -37,6 +41,24 @@ constexpr int64_t kBlockEntries = 60000;
 // Below so many entries an iteration ends before a second thread has begun.
 constexpr int64_t kLeastShared = 1 << 16;
 
+// Of a batch, problems of so many entries are shared, one after another; others are one thread's each.
+constexpr int64_t kLeastSharedOfBatch = 16 * kLeastShared;
+
+// Rows or columns but for those of weight 0 at the end, which take part in nothing: a ragged batch is padded with them.
+int64_t count_present(const double* weights, int64_t count) {
+  while (count > 1 && weights[count - 1] == 0) --count;
+  return count;
+}
+
+struct Size {
+  int64_t rows, columns;
+
+  Size(const SinkhornArgs& args, int64_t index)
+      : rows(count_present(args.row.weights + index * args.rows, args.rows)),
+        columns(count_present(args.column.weights + index * args.columns, args.columns)) {}
+  int64_t entries() const { return rows * columns; }
+};
+
 // ---- costs ----
 
 template <typename Scores>
@@ -47,7 +69,7 @@ struct DenseCost {
     const A* costs;
   };
 
-  DenseCost(const SinkhornArgs& args, int64_t index)
+  DenseCost(const SinkhornArgs& args, int64_t index, const Size&)
       : columns(args.columns), costs(static_cast<const A*>(args.cost) + index * args.rows * args.columns) {}
 
   Row row(int64_t i) const { return {costs + i * columns}; }
@@ -67,12 +89,13 @@ struct OwnPointsCost : PointsCost<Scores, kCost, kDimension> {
   static constexpr bool kIsHeld = false;
   static constexpr bool kIsLong = kDimension == 0;  // worth forming for several rows at a time
 
-  OwnPointsCost(const SinkhornArgs& args, int64_t index) : coordinates(args.dimension * padded(args.columns)) {
+  OwnPointsCost(const SinkhornArgs& args, int64_t index, const Size& size)
+      : coordinates(args.dimension * padded(size.columns)) {
     this->dimension = kDimension > 0 ? kDimension : args.dimension;
-    this->stride = padded(args.columns);
+    this->stride = padded(size.columns);
     this->x = static_cast<const A*>(args.x) + index * args.rows * args.dimension;
     this->y = coordinates.get();
-    transpose_points(static_cast<const A*>(args.y) + index * args.columns * args.dimension, args.columns,
+    transpose_points(static_cast<const A*>(args.y) + index * args.columns * args.dimension, size.columns,
                      args.dimension, this->stride, coordinates.get());
   }
 
@@ -88,14 +111,16 @@ class Problem {
  public:
   using A = typename Cost::A;
 
-  Problem(const SinkhornArgs& args, int64_t index, bool is_shared)
+  Problem(const SinkhornArgs& args, int64_t index, const Size& size)
       : args_(args),
-        n_(args.rows),
-        m_(args.columns),
-        stride_((args.columns + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
+        n_(size.rows),
+        m_(size.columns),
+        stride_((m_ + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
         index_(index),
-        blocks_(is_shared ? block_count(args) : 1),
-        cost_(args, index),
+        first_row_(index * args.rows),
+        first_column_(index * args.columns),
+        blocks_(block_count(args, size)),
+        cost_(args, index, size),
         is_streaming_(args.is_streaming),
         tile_(tile_rows(stride_)),
         kernel_((is_streaming_ ? blocks_ * tile_ : n_) * stride_),
@@ -112,7 +137,7 @@ class Problem {
         shifted_low_(stride_),
         maxima_(blocks_ * stride_),
         block_states_(blocks_) {
-    for (int64_t i = 0; i < n_; ++i) row_weight_.get()[i] = static_cast<A>(args.row.weights[index * n_ + i]);
+    for (int64_t i = 0; i < n_; ++i) row_weight_.get()[i] = static_cast<A>(args.row.weights[first_row_ + i]);
     if (!is_streaming_) advise_huge_pages(kernel_.get(), sizeof(A) * static_cast<size_t>(n_ * stride_));
   }
 
@@ -138,13 +163,17 @@ class Problem {
           absorb();
         } else {
           // The sums that were lost are found again on the cost, from the columns' potentials before.
-          absorb(args_.column, index_ * m_, m_, v_.get());
+          absorb(args_.column, first_column_, m_, v_.get());
           has_kernel = exact_iteration(error);
         }
       }
       if (has_kernel) absorb();
       if (is_last) break;
       epsilon = epsilon * args_.epsilon_factor > last ? epsilon * args_.epsilon_factor : last;
+    }
+    if (iteration > 0) {
+      for (int64_t i = n_; i < args_.rows; ++i) row_potentials()[i] = -INFINITY;
+      for (int64_t j = m_; j < args_.columns; ++j) column_potentials()[j] = -INFINITY;
     }
     args_.error[index_] = error;
     args_.iterations[index_] = iteration;
@@ -170,15 +199,17 @@ class Problem {
     return most < kTogether<A> ? kTogether<A> : most < kLanes<A> ? most : kLanes<A>;
   }
 
-  static int64_t block_count(const SinkhornArgs& args) {
-    const int64_t most = args.is_streaming ? kMostBlocks : args.rows * args.columns / kBlockEntries;
-    const int64_t by_rows = args.rows / kTogether<A>;
+  // By the size alone, so that a problem has the same bits in whatever batch.
+  static int64_t block_count(const SinkhornArgs& args, const Size& size) {
+    if (size.entries() < kLeastShared) return 1;
+    const int64_t most = args.is_streaming ? kMostBlocks : size.entries() / kBlockEntries;
+    const int64_t by_rows = size.rows / kTogether<A>;
     const int64_t count = most < by_rows ? most : by_rows;
     return count < 1 ? 1 : count < kMostBlocks ? count : kMostBlocks;
   }
 
-  double* row_potentials() const { return args_.row.potentials + index_ * n_; }
-  double* column_potentials() const { return args_.column.potentials + index_ * m_; }
+  double* row_potentials() const { return args_.row.potentials + first_row_; }
+  double* column_potentials() const { return args_.column.potentials + first_column_; }
 
   int64_t first_row(int64_t block) const { return n_ * block / blocks_; }
 
@@ -196,9 +227,9 @@ class Problem {
 
   void set_epsilon(double epsilon) {
     epsilon_ = epsilon;
-    for (int64_t i = 0; i < n_; ++i) row_kappa_.get()[i] = static_cast<A>(kappa(args_.row, index_ * n_ + i, epsilon));
+    for (int64_t i = 0; i < n_; ++i) row_kappa_.get()[i] = static_cast<A>(kappa(args_.row, first_row_ + i, epsilon));
     for (int64_t j = 0; j < stride_; ++j) {
-      column_kappa_.get()[j] = j < m_ ? static_cast<A>(kappa(args_.column, index_ * m_ + j, epsilon)) : A(1);
+      column_kappa_.get()[j] = j < m_ ? static_cast<A>(kappa(args_.column, first_column_ + j, epsilon)) : A(1);
     }
     is_balanced_ = args_.row.rhos == nullptr && args_.column.rhos == nullptr;
     rows_hold_ = columns_hold_ = true;
@@ -249,7 +280,7 @@ class Problem {
     for (int64_t i = first; i < end; ++i) {
       A* const row = k + (i - first) * stride_;
       const A scale = exact_row(i, row, !Cost::kIsHeld, state);
-      row_factor_.get()[i] = factor(args_.row, index_ * n_ + i, row_potentials()[i]);
+      row_factor_.get()[i] = factor(args_.row, first_row_ + i, row_potentials()[i]);
       u_.get()[i] = scale > 0 ? A(1) : A(0);
       for (int64_t j = 0; j < stride_; j += kLanes<A>) {
         const Vector<A> plan = scale > 0 ? load(row + j) * scale : Vector<A>{};
@@ -287,7 +318,7 @@ class Problem {
     row_potentials()[i] = -INFINITY;
     if (maximum == none) return 0;
     over_costs(exponentiate);
-    const int64_t k = index_ * n_ + i;
+    const int64_t k = first_row_ + i;
     const double largest_exponent = static_cast<double>(maximum) / epsilon_;
     const double log_sum = largest_exponent + std::log(static_cast<double>(sum_lanes(sum)));
     const double exponent = target(args_.row, k) - kappa(args_.row, k, epsilon_) * log_sum;
@@ -336,7 +367,7 @@ class Problem {
     });
     for (int64_t j = 0; j < m_; ++j) {
       const double log_sum = static_cast<double>(shifted_.get()[j]) / epsilon_ + std::log(column_sum(j));
-      const int64_t k = index_ * m_ + j;
+      const int64_t k = first_column_ + j;
       const double potential = epsilon_ * (target(args_.column, k) - kappa(args_.column, k, epsilon_) * log_sum);
       column_potentials()[j] = maxima[j] > none ? potential : -INFINITY;
     }
@@ -378,7 +409,7 @@ class Problem {
   void reset_columns() {
     for (int64_t j = 0; j < stride_; ++j) {
       const double potential = j < m_ ? column_potentials()[j] : -INFINITY;
-      column_factor_.get()[j] = j < m_ ? factor(args_.column, index_ * m_ + j, potential) : A(0);
+      column_factor_.get()[j] = j < m_ ? factor(args_.column, first_column_ + j, potential) : A(0);
       v_.get()[j] = std::isfinite(potential) ? A(1) : A(0);
     }
   }
@@ -389,7 +420,7 @@ class Problem {
     reset_columns();
     for (int64_t i = 0; i < n_; ++i) {
       const double potential = row_potentials()[i];
-      row_factor_.get()[i] = factor(args_.row, index_ * n_ + i, potential);
+      row_factor_.get()[i] = factor(args_.row, first_row_ + i, potential);
       u_.get()[i] = std::isfinite(potential) ? A(1) : A(0);
     }
     if (is_streaming_) return;
@@ -574,7 +605,7 @@ class Problem {
       for (int lane = 0; lane < count; ++lane) {
         if (!is_there[lane]) continue;
         const double step = std::abs(std::log(u[lane] / before[lane]));
-        state.error += args_.row.weights[index_ * n_ + first + lane] * step / row_kappa_.get()[first + lane];
+        state.error += args_.row.weights[first_row_ + first + lane] * step / row_kappa_.get()[first + lane];
       }
     }
     const Vector<A> result = is_there ? u : Vector<A>{};
@@ -595,8 +626,8 @@ class Problem {
   }
 
   void absorb() {
-    absorb(args_.row, index_ * n_, n_, u_.get());
-    absorb(args_.column, index_ * m_, m_, v_.get());
+    absorb(args_.row, first_row_, n_, u_.get());
+    absorb(args_.column, first_column_, m_, v_.get());
   }
 
   void absorb(const SinkhornSide& side, int64_t first, int64_t count, const A* scaling) const {
@@ -621,7 +652,7 @@ class Problem {
   }
 
   const SinkhornArgs& args_;
-  int64_t n_, m_, stride_, index_, blocks_;
+  int64_t n_, m_, stride_, index_, first_row_, first_column_, blocks_;
   Cost cost_;
   bool has_costs_ = false;  // kernel_ holds the costs for now
   bool is_streaming_;       // K is formed anew in every iteration, tile_ rows of a block at a time
@@ -636,13 +667,19 @@ class Problem {
 
 template <typename Cost>
 void solve_all(const SinkhornArgs& args) {
-  const int64_t entries = args.rows * args.columns;
-  if (args.batch == 1 || entries >= kLeastShared * 16) {
-    for (int64_t i = 0; i < args.batch; ++i) Problem<Cost>(args, i, entries >= kLeastShared).run();
-    return;
-  }
-  parallel_for(args.batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) Problem<Cost>(args, i, false).run();
+  const int64_t least_shared = args.batch == 1 ? 0 : kLeastSharedOfBatch;
+  std::vector<std::pair<Size, int64_t>> problems;
+  problems.reserve(static_cast<size_t>(args.batch));
+  for (int64_t i = 0; i < args.batch; ++i) problems.emplace_back(Size(args, i), i);
+  // The largest first: small ones fill what is left of the threads' time.
+  std::stable_sort(problems.begin(), problems.end(),
+                   [](const auto& one, const auto& other) { return one.first.entries() > other.first.entries(); });
+  const auto run = [&](int64_t k) { Problem<Cost>(args, problems[k].second, problems[k].first).run(); };
+  int64_t shared = 0;
+  for (; shared < args.batch && problems[shared].first.entries() >= least_shared; ++shared) run(shared);
+  std::atomic<int64_t> next{shared};
+  parallel_for(args.batch - shared, 1, [&](int64_t, int64_t) {
+    for (int64_t k = next++; k < args.batch; k = next++) run(k);
   });
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from pyreg.ops import _checks, _pairwise_cost, _point_potentials, _potentials
 from pyreg.ops._memory import available_bytes
 from pyreg.ops._point_plan import point_plan
 from pyreg.ops._potentials import Side
-from pyreg.ops._problems import Problems
+from pyreg.ops._problems import Entries, Problems
 
 # K up to this size is held, for reading it is faster than exponentials: 5000 x 5000 points on two cores, 30 iterations
 # in float32, 0.35 s held and 0.73 s formed anew in three dimensions, 0.9 and 4.0 s in 64.
@@ -22,8 +21,6 @@ _HELD_BYTES = 128 << 20
 # From so many dimensions on it is held, too, where it leaves three quarters of the memory free.
 _HIGH_DIMENSION = 8
 _SHARE_OF_MEMORY = 4
-
-_ENTRIES = 1 << 20  # of costs held at a time, to find their range
 
 
 class PointCost:
@@ -44,11 +41,12 @@ class PointCost:
     def mean(self) -> Tensor:
         """``[B]``, float64."""
         x, y = (points.detach() for points in self._points)
-        u, z = (
-            entries.is_there(points).unsqueeze(2).to(points.dtype)
-            for entries, points in ((self._problems.rows, x), (self._problems.columns, y))
+        sides = (self._problems.rows, x), (self._problems.columns, y)
+        u, z = (_without(entries, points.new_ones((*points.shape[:2], 1)), 0) for entries, points in sides)
+        zeros = (
+            _without(entries, points.new_zeros(points.shape[:2], dtype=torch.float64), -torch.inf)
+            for entries, points in sides
         )
-        zeros = (x.new_zeros(points.shape[:2], dtype=torch.float64) for points in (x, y))
         # At an epsilon without end every entry of E is 1.
         everywhere = x.new_full((x.shape[0],), 1e30, dtype=torch.float64)
         options: dict[str, Any] = {"z": z, "rows": True, "times_cost": True}
@@ -57,9 +55,19 @@ class PointCost:
         return ((rows * u).sum(1, dtype=torch.float64) / count).squeeze(1)
 
     def range(self) -> Tensor:
-        """Between costs, ``[B]``, float64."""
-        least, most = zip(*((costs.amin((1, 2)), costs.amax((1, 2))) for costs in self._panels()), strict=True)
-        return (torch.stack(most).amax(0) - torch.stack(least).amin(0)).double()
+        """Of costs, ``[B]``, float64: a bound, from boxes and balls that hold all x and all y."""
+        x, y = (points.detach().double() for points in self._points)
+        if self._cost == "cosine":
+            return x.new_full(x.shape[:1], 2)
+        (x_least, x_most, x_centre, x_radius), (y_least, y_most, y_centre, y_radius) = (
+            _bounds(entries, points) for entries, points in ((self._problems.rows, x), (self._problems.columns, y))
+        )
+        apart = torch.maximum(x_least - y_most, y_least - x_most).clamp(min=0)
+        across = torch.maximum(x_most - y_least, y_most - x_least)
+        centres, radii = torch.linalg.vector_norm(x_centre - y_centre, dim=1), x_radius + y_radius
+        least = torch.maximum(torch.linalg.vector_norm(apart, dim=1), centres - radii)
+        most = torch.minimum(torch.linalg.vector_norm(across, dim=1), centres + radii)
+        return most - least if self._cost == "euclidean" else most.square() - least.square()
 
     def check(self, operator: str, a: Tensor, b: Tensor, rho_a: Tensor | None, rho_b: Tensor | None) -> None:
         """An error for points so far apart that their costs overflow; where values may be read."""
@@ -81,7 +89,8 @@ class PointCost:
 
     def potentials(self, *problem: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, y = (points.contiguous() for points in self._points)
-        return _point_potentials.potentials(x, y, self._code, self._is_streaming, *problem)  # type: ignore[no-any-return]
+        padding = self._problems.rows.padding, self._problems.columns.padding
+        return _point_potentials.potentials(x, y, self._code, self._is_streaming, *problem, *padding)  # type: ignore[no-any-return]
 
     def value(self, row: Side, column: Side) -> Tensor:
         tensors = (row.weights, column.weights, row.potentials, column.potentials, row.rho, column.rho, row.epsilon)
@@ -118,10 +127,17 @@ class PointCost:
         available = None if torch.compiler.is_compiling() else available_bytes(x.device)
         return x.shape[2] < _HIGH_DIMENSION or available is None or needed > available // _SHARE_OF_MEMORY
 
-    def _panels(self) -> Iterator[Tensor]:
-        """Costs of some rows; where a ragged batch is padded they are one of their problem."""
-        x, y = (points.detach() for points in self._points)
-        x, y = self._problems.rows.repeated(x), self._problems.columns.repeated(y)
-        height = max(_ENTRIES // max(x.shape[0] * y.shape[1], 1), 1)
-        for rows in torch.split(x, height, 1):
-            yield _pairwise_cost.cost_of_computed(rows, y, self._code)
+
+def _without(entries: Entries, inside: Tensor, fill: float) -> Tensor:
+    """With padding filled."""
+    if entries.padding is None:
+        return inside
+    return inside.masked_fill(entries.padding.reshape(inside.shape[:2] + (1,) * (inside.dim() - 2)), fill)
+
+
+def _bounds(entries: Entries, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``[B, d]`` the box's corners and its centre, ``[B]`` the radius around that, of ``[B, n, d]``."""
+    least, most = _without(entries, points, math.inf).amin(1), _without(entries, points, -math.inf).amax(1)
+    centre = (least + most) / 2
+    radius = _without(entries, torch.linalg.vector_norm(points - centre.unsqueeze(1), dim=2), 0).amax(1)
+    return least, most, centre, radius

@@ -62,27 +62,35 @@ def _found(
     max_iter: int,
     tol: float,
     initial: Tensor,
+    row_padding: Tensor | None,
+    column_padding: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``pyreg::sinkhorn_points`` finds, without the weights, and extended to weights of 0."""
+    """What ``pyreg::sinkhorn_points`` finds, without the weights, and extended to weights of 0; infinity as padding,
+    ``[B, n]`` and ``[B, m]``."""
     with_a, with_b, error, iterations = _library.operator("sinkhorn_points")(
         *(x, y, point_cost, is_streaming, a, b, a.log(), b.log(), rho_a, rho_b, epsilon, first_epsilon),
         *(epsilon_factor, is_counting, max_iter, tol, initial),
     )
     rows, columns = _potentials.sides(a, b, with_a, with_b, rho_a, rho_b, epsilon, is_counting)
-    f = _without_weights((x, y), point_cost, rows, with_b)
-    return f, _without_weights((y, x), point_cost, columns, with_a), error, iterations
+    f = _without_weights((x, y), point_cost, rows, with_b, row_padding)
+    return f, _without_weights((y, x), point_cost, columns, with_a, column_padding), error, iterations
 
 
-def _without_weights(points: Points, point_cost: int, side: Side, others: Tensor) -> Tensor:
+def _without_weights(points: Points, point_cost: int, side: Side, others: Tensor, padding: Tensor | None) -> Tensor:
+    is_unknown = side.potentials == -torch.inf
+    if padding is not None:
+        is_unknown = is_unknown & ~padding
     if others.is_cpu:
-        return _filled(points, point_cost, side, others)
-    if _library.has_triton():
-        return _filled_without_waiting(points, point_cost, side, others)
-    return _potentials.without_weights(_pairwise_cost.cost_of_computed(*points, point_cost), side, others)
+        result = _filled(points, point_cost, side, others, is_unknown)
+    elif _library.has_triton():
+        result = _filled_without_waiting(points, point_cost, side, others, is_unknown)
+    else:
+        result = _potentials.without_weights(_pairwise_cost.cost_of_computed(*points, point_cost), side, others)
+    return result if padding is None else result.masked_fill_(padding, torch.inf)
 
 
-def _filled(points: Points, point_cost: int, side: Side, others: Tensor) -> Tensor:
-    result, is_unknown = side.bare, side.potentials == -torch.inf
+def _filled(points: Points, point_cost: int, side: Side, others: Tensor, is_unknown: Tensor) -> Tensor:
+    result = side.bare
     for index in is_unknown.any(1).nonzero().flatten().tolist():
         for rows in torch.split(is_unknown[index].nonzero().flatten(), _UNKNOWN_ROWS):
             sums = _log_sums(points[0][index, rows], points[1][index], point_cost, others[index], side.epsilon[index])
@@ -90,8 +98,7 @@ def _filled(points: Points, point_cost: int, side: Side, others: Tensor) -> Tens
     return result
 
 
-def _filled_without_waiting(points: Points, point_cost: int, side: Side, others: Tensor) -> Tensor:
-    is_unknown = side.potentials == -torch.inf
+def _filled_without_waiting(points: Points, point_cost: int, side: Side, others: Tensor, is_unknown: Tensor) -> Tensor:
     sums = _triton().log_sums(*points, point_cost, others, side.epsilon, is_unknown)
     return torch.where(is_unknown, -side.kappa * sums, side.bare)
 
@@ -117,7 +124,7 @@ def _setup_potentials(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _potentials_backward(ctx: Any, grad_f: Tensor | None, grad_g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 9
+    nothing = (None,) * 11
     if grad_f is None and grad_g is None:
         return (None,) * 6 + nothing
     x, y, a, b, rho_a, rho_b, epsilon, f, g = ctx.saved_tensors

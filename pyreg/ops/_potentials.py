@@ -95,7 +95,8 @@ class Side(NamedTuple):
         """The potentials of the reference: of "counting" with ``kappa eps log a``."""
         if not self.is_counting:
             return self.potentials
-        return self.potentials + self.kappa * self.epsilon.unsqueeze(1) * _log(self.weights)
+        result = self.potentials + self.kappa * self.epsilon.unsqueeze(1) * _or_one(self.weights).log()
+        return result.masked_fill(self.weights == 0, -torch.inf)
 
     @property
     def penalised(self) -> Tensor:
@@ -143,10 +144,6 @@ def _are_finite(numbers: Tensor) -> bool:
 
 def _or_one(weights: Tensor) -> Tensor:
     return torch.where(weights > 0, weights, 1)
-
-
-def _log(weights: Tensor) -> Tensor:
-    return torch.where(weights > 0, _or_one(weights).log(), -torch.inf)
 
 
 def plan(cost: Tensor, row: Side, column: Side, dtype: torch.dtype | None = None) -> Tensor:

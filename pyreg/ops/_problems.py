@@ -1,6 +1,7 @@
 """How batches of transport problems lie in public tensors, and how operators take them: ``[B, n, m]``.
 
-A ragged batch is padded to its largest problem, with entries of weight 0.
+A ragged batch is padded to its largest problem, with entries of weight 0 whose potential is infinite: they go nowhere,
+and kernels leave them out.
 """
 
 from __future__ import annotations
@@ -26,13 +27,10 @@ class Entries:
     def outside(self, inside: Tensor) -> Tensor:
         return inside.reshape(*self.shape, *inside.shape[2:])
 
-    def is_there(self, inside: Tensor) -> Tensor:
-        """``[B, n]``: whether it is no padding."""
-        return inside.new_ones(inside.shape[:2], dtype=torch.bool)
-
-    def repeated(self, inside: Tensor) -> Tensor:
-        """With the problem's first entry as padding."""
-        return inside
+    @property
+    def padding(self) -> Tensor | None:
+        """``[B, n]``: whether it is padding; None where there is none."""
+        return None
 
     def uniform(self, like: Tensor) -> Tensor:
         """Weights of 1 / n, ``[B, n]``, float64."""
@@ -51,27 +49,25 @@ class RaggedEntries(Entries):
         self.count = max(self.lengths)
         first, lengths = torch.tensor([offsets[:-1], self.lengths], device=device).unsqueeze(2)
         positions = torch.arange(self.count, device=device)
-        self.is_padding: Tensor = positions >= lengths  # [B, n]
-        self._source = torch.where(self.is_padding, 0, first + positions)
+        self._is_padding: Tensor = positions >= lengths  # [B, n]
+        self._source = torch.where(self._is_padding, 0, first + positions)
         padded = [range(k * self.count, k * self.count + length) for k, length in enumerate(self.lengths)]
         self._target = torch.tensor([position for part in padded for position in part], device=device)
 
     def inside(self, outside: Tensor, fill: float = 0.0) -> Tensor:
-        is_padding = self.is_padding.reshape(*self.is_padding.shape, *[1] * (outside.dim() - 1))
+        is_padding = self._is_padding.reshape(*self._is_padding.shape, *[1] * (outside.dim() - 1))
         return outside[self._source].masked_fill(is_padding, fill)
 
     def outside(self, inside: Tensor) -> Tensor:
         return inside.flatten(0, 1)[self._target]
 
-    def is_there(self, inside: Tensor) -> Tensor:
-        return ~self.is_padding
-
-    def repeated(self, inside: Tensor) -> Tensor:
-        return torch.where(self.is_padding.unsqueeze(2), inside[:, :1], inside)
+    @property
+    def padding(self) -> Tensor:
+        return self._is_padding
 
     def uniform(self, like: Tensor) -> Tensor:
         lengths = torch.tensor(self.lengths, dtype=torch.float64, device=like.device).unsqueeze(1)
-        return (1 / lengths).masked_fill(self.is_padding, 0)
+        return (1 / lengths).masked_fill(self._is_padding, 0)
 
     def __str__(self) -> str:
         return str(self.lengths)

@@ -1,5 +1,6 @@
 #include "emulator.h"
 
+#include <atomic>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -174,6 +175,7 @@ struct Emulator {
 };
 
 Emulator emulator;
+std::atomic<int> device{0};
 
 bool aborting() { return !emulator.error.empty(); }
 
@@ -465,6 +467,8 @@ std::string launch_error(const void* kernel, bool cooperative, dim3 grid, dim3 b
 
 }  // namespace
 
+int current_device() { return device; }
+
 void set_thread_order(ThreadOrder order, uint64_t seed) {
   const std::lock_guard<std::mutex> lock(emulator.one_launch_at_a_time);
   emulator.order = order;
@@ -592,6 +596,10 @@ void run(const char* name, const void* kernel, bool cooperative, dim3 grid, dim3
 }  // namespace pyreg_emulation
 
 // For the tests: called through ctypes. Order 0 is ascending, 1 descending, 2 random.
+extern "C" __attribute__((visibility("default"))) void pyreg_emulation_set_device(int index) {
+  pyreg_emulation::device = index;
+}
+
 extern "C" __attribute__((visibility("default"))) void pyreg_emulation_set_thread_order(int order, uint64_t seed) {
   pyreg_emulation::set_thread_order(static_cast<pyreg_emulation::ThreadOrder>(order), seed);
 }

@@ -56,6 +56,10 @@ inline constexpr size_t kDefaultSharedLimit = 48 * 1024;
 inline constexpr size_t kMaxDynamicShared = 227 * 1024;
 inline constexpr int kMultiprocessors = 3;
 
+// Of two devices, alike but for this.
+inline constexpr int kWithoutCooperativeLaunch = 1;
+int current_device();
+
 // Lets a kernel have up to `bytes` of dynamic shared memory.
 void set_dynamic_shared_limit(const void* kernel, size_t bytes);
 // Blocks of that shape alive on one multiprocessor at once.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -297,6 +298,24 @@ def test_the_fastest_way(library: ctypes.CDLL, batch: int, n: int, m: int, chose
 
     assert workspace(Way(FASTEST, may_hold_in_registers=True)) == workspace(chosen)
     assert workspace(Way(BLOCK if chosen.way == GRID else GRID)) != workspace(chosen)
+
+
+@pytest.fixture
+def without_cooperative_launch(library: ctypes.CDLL) -> Iterator[None]:
+    library.pyreg_emulation_set_device(1)
+    yield
+    library.pyreg_emulation_set_device(0)
+
+
+@pytest.mark.usefixtures("without_cooperative_launch")
+def test_launches_where_there_is_no_cooperative_launch(library: ctypes.CDLL) -> None:
+    arguments = problem(1, 600, 1000, dtype=torch.float32, epsilon=0.1, max_iter=3)
+    by_itself = solve(library, WAYS["fastest"], arguments)
+    check(by_itself, in_float64(arguments), 0.1, torch.float32)
+    for found, expected in zip(by_itself, solve(library, WAYS["launches"], arguments), strict=True):
+        assert torch.equal(found, expected)
+    with pytest.raises(RuntimeError, match="pyreg::sinkhorn: no cooperative launch of this size here"):
+        solve(library, WAYS["grid, streaming"], arguments)
 
 
 def test_too_many_iterations_is_an_error(library: ctypes.CDLL) -> None:

@@ -254,10 +254,10 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid argument";
 }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = pyreg_emulation::current_device();
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock:
       *value = 1024;
@@ -278,7 +278,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = 0;
       return cudaSuccess;
     case cudaDevAttrCooperativeLaunch:
-      *value = 1;
+      *value = device != pyreg_emulation::kWithoutCooperativeLaunch;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = static_cast<int>(pyreg_emulation::kMaxDynamicShared);
