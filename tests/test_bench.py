@@ -15,11 +15,13 @@ import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
+import pyreg.functional
 from bench import __main__ as command
 from bench import (
     bench_conr,
     bench_info_nce,
     bench_orthograd,
+    bench_sinkhorn,
     bench_stablemax,
     bench_supcon,
     floor,
@@ -442,3 +444,47 @@ class TestContenders:
         for contender in workload.contenders:
             if not contender.slow:
                 contender.prepare(inputs)()
+
+
+class TestSinkhorn:
+    """Contenders solve the same problem: at convergence, in float64, they agree to the error that is left."""
+
+    CONVERGED = 400  # iterations, each of which leaves less than nine tenths of the error
+
+    @pytest.mark.parametrize("batch", [(), (3,)])
+    def test_loops_have_our_value(self, batch: tuple[int, ...]) -> None:
+        cost = torch.rand(*batch, 9, 7, dtype=torch.float64)
+        expected = bench_sinkhorn.fused(cost, 0.1, self.CONVERGED)
+        torch.testing.assert_close(bench_sinkhorn.loop(cost, 0.1, self.CONVERGED), expected, rtol=1e-9, atol=0)
+
+    @pytest.mark.skipif(not bench_sinkhorn.HAS_POT, reason="POT is not installed")
+    @pytest.mark.parametrize("batch", [(), (3,)])
+    @pytest.mark.parametrize("method", ["sinkhorn", "sinkhorn_log", "batch"])
+    def test_pot_has_our_cost(self, method: str, batch: tuple[int, ...]) -> None:
+        cost = torch.rand(*batch, 9, 7, dtype=torch.float64)
+        with bench_sinkhorn.unconverged():
+            transport = pyreg.functional.sinkhorn(cost, epsilon=0.1, max_iter=self.CONVERGED, tol=0)
+        if method == "batch":
+            found = bench_sinkhorn.pot_batch(cost.reshape(-1, 9, 7), 0.1, self.CONVERGED)
+        else:
+            found = bench_sinkhorn.pot(cost, 0.1, self.CONVERGED, method)
+        torch.testing.assert_close(found.flatten(), transport.transport_cost().flatten(), rtol=1e-7, atol=0)
+
+    @pytest.mark.parametrize("name", ["loop", "tensorized"])
+    def test_point_contenders_have_our_gradients(self, name: str) -> None:
+        if name == "tensorized" and not bench_sinkhorn.HAS_GEOMLOSS:
+            pytest.skip("geomloss is not installed")
+        x, y = (torch.rand(count, 3, dtype=torch.float64, requires_grad=True) for count in (12, 10))
+        contenders = {
+            "ours": bench_sinkhorn.fused_points,
+            "loop": bench_sinkhorn.loop_points,
+            "tensorized": lambda *problem: bench_sinkhorn.geomloss_points(*problem, backend="tensorized"),
+        }
+        # geomloss's epsilons fall until the end, and its potentials lag behind: the more steps, the less.
+        is_late = name == "tensorized"
+        iterations = 10 * self.CONVERGED if is_late else self.CONVERGED
+        values = [contenders[which](x, y, 0.1, iterations) for which in ("ours", name)]
+        accuracy = {"rtol": 1e-3, "atol": 1e-4} if is_late else {"rtol": 1e-8, "atol": 1e-10}
+        torch.testing.assert_close(values[1], values[0], **accuracy)
+        for found, expected in zip(*(torch.autograd.grad(value, (x, y)) for value in values[::-1]), strict=True):
+            torch.testing.assert_close(found, expected, **accuracy)

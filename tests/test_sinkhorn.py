@@ -572,8 +572,7 @@ SIZES = [(3, 5), (700, 40), (300, 260), (1, 1), (420, 430), (1100, 1000), (40, 7
 @pytest.mark.parametrize("dimension", [2, 6])
 @pytest.mark.parametrize("is_streaming", [False, True])
 def test_padding_is_not_looked_at(is_streaming: bool, dimension: int, dtype: torch.dtype) -> None:
-    """Of a ragged batch problems have the bits that they have alone, and what stands beyond them is never read: there it
-    is NaN."""
+    """Of a ragged batch problems have the bits that they have alone, and what stands beyond them is never read: NaN."""
     n, m = (max(sizes) for sizes in zip(*SIZES, strict=True))
     batch = len(SIZES)
     x, y = (torch.full((batch, count, dimension), math.nan, dtype=dtype) for count in (n, m))
@@ -601,7 +600,8 @@ def test_padding_is_not_looked_at(is_streaming: bool, dimension: int, dtype: tor
     together = solve(slice(0, batch), n, m)
     for k, (rows, columns) in enumerate(SIZES):
         alone = solve(slice(k, k + 1), rows, columns)
-        for actual, expected, count in zip(together, alone, (rows, columns, 0, 0, rows, columns, rows, columns), strict=True):
+        counts = (rows, columns, 0, 0, rows, columns, rows, columns)
+        for actual, expected, count in zip(together, alone, counts, strict=True):
             if count == 0:
                 assert torch.equal(actual[k], expected[0])
             else:

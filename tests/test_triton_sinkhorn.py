@@ -311,10 +311,12 @@ def test_rows_without_a_weight(
     f = torch.zeros(2, 70, dtype=DOUBLE)
     f[0, 20], f[1, 64:] = -INF, -INF
     side = _potentials.Side(f, torch.rand_like(f), torch.rand_like(f) + 0.5, epsilon, True)
-    expected = _point_potentials._filled((x, y), cost, side, g)
+    expected = _point_potentials._filled((x, y), cost, side, g, side.potentials == -INF)
     there = _potentials.Side(*(part.to(triton_device) if isinstance(part, Tensor) else part for part in side))
     points = x.to(triton_device, dtype), y.to(triton_device, dtype)
-    actual = _point_potentials._filled_without_waiting(points, cost, there, g.to(triton_device)).cpu()
+    actual = _point_potentials._filled_without_waiting(
+        points, cost, there, g.to(triton_device), there.potentials == -INF
+    ).cpu()
     limit = EXACT if dtype == DOUBLE else {"rtol": 3e-6, "atol": 3e-6}
     torch.testing.assert_close(actual, expected, **limit)
 
@@ -506,7 +508,7 @@ def test_no_matrix(triton_device: torch.device, large_tiles: None, monkeypatch: 
                 0.0, torch.zeros_like(b),
             )  # fmt: skip
         side = _potentials.Side(f, a, None, epsilon, False)
-        _point_potentials._filled_without_waiting((x, y), SQEUCLIDEAN, side, g)
+        _point_potentials._filled_without_waiting((x, y), SQEUCLIDEAN, side, g, side.potentials == -INF)
         ones = x.new_ones(1, n, 1), y.new_ones(1, m, 1)
         _point_plan._on_cuda(x, y, f, g, epsilon, *ones, SQEUCLIDEAN, False, True, True, True, True)
     assert n * d <= largest.elements <= 16 * m * d
@@ -607,3 +609,43 @@ def test_many_points(iteration: ModuleType, plan: ModuleType, triton_device: tor
     assert relative_error(rows[:, few, 0], e.sum(2)) < 1e-4
     pulled, _ = _pairwise_cost.pull(e, x[:, few].double(), y.double(), costs, cost)
     assert relative_error(by_x[:, few], pulled) < 1e-3
+
+
+@pytest.mark.parametrize("cost", [SQEUCLIDEAN, EUCLIDEAN, COSINE])
+@pytest.mark.parametrize("d", [3, 20])
+def test_padding_is_not_looked_at(
+    iteration: ModuleType, plan: ModuleType, triton_device: torch.device, d: int, cost: int
+) -> None:
+    """Beyond a problem's points, here some tiles of them, it is NaN; results are those of the problem alone."""
+    sizes, n, m = [(37, 20), (5, 51), (1, 1)], 60, 51
+    x, y = (torch.full((3, count, d), math.nan) for count in (n, m))
+    a, b = (torch.zeros(3, count, dtype=DOUBLE) for count in (n, m))
+    for k, (rows, columns) in enumerate(sizes):
+        x[k : k + 1, :rows], y[k : k + 1, :columns] = (each.float() for each in clouds(cost, rows, columns, d, 1))
+        a[k, :rows], b[k, :columns] = 1 / rows, 1 / columns
+    x, y, a, b = (each.to(triton_device) for each in (x, y, a, b))
+    epsilon = torch.full((3,), 0.3 if cost == COSINE else 2.0, dtype=DOUBLE, device=triton_device)
+
+    def solve(which: slice, n: int, m: int) -> tuple[Tensor, ...]:
+        points, weights = (x[which, :n], y[which, :m]), (a[which, :n], b[which, :m])
+        own, logarithms = epsilon[which], tuple(each.log() for each in weights)
+        start = own.unsqueeze(1) * logarithms[1]
+        found = iteration.sinkhorn_points(
+            *(*points, cost, True, *weights, *logarithms, None, None, own, own, 0.5, False, 4, 0.0, start)
+        )
+        factors = (each.float().unsqueeze(2).expand(-1, -1, 2) for each in weights)
+        passed = plan.point_plan(*points, *found[:2], own, *factors, cost, False, True, True, True, True)
+        return *found, *passed
+
+    together = solve(slice(0, 3), n, m)
+    for k, (rows, columns) in enumerate(sizes):
+        alone = solve(slice(k, k + 1), rows, columns)
+        counts = (rows, columns, 0, 0, rows, columns, rows, columns)
+        for actual, expected, count in zip(together, alone, counts, strict=True):
+            own = actual[k, :count] if count else actual[k]
+            # Float32 sums of some dozens of terms, whose order depends on how the columns are split.
+            torch.testing.assert_close(own.double(), expected[0].double(), rtol=1e-4, atol=1e-6)
+            if count and actual.dim() == 2:
+                assert (actual[k, count:] == -INF).all()
+            elif count:
+                assert actual[k, count:].count_nonzero() == 0

@@ -204,6 +204,8 @@ def sums_kernel(
     column_points_ptr,  # [B, n_columns, n_features]
     row_halves_ptr,  # [B, n_rows] float64: p, or None
     column_halves_ptr,
+    row_counts_ptr,  # [B] int32: beyond so many rows there is only padding, which is left out; or None
+    column_counts_ptr,
     row_potentials_ptr,  # [B, n_rows] float64
     column_potentials_ptr,
     wanted_ptr,  # [B, n_rows] bool, or None: of tiles without such a row nothing is computed
@@ -234,8 +236,15 @@ def sums_kernel(
     flags = tl.load(flags_ptr + problem)
     if (flags & DONE) != 0:
         return
-    rows = (tl.program_id(0) % row_tiles) * ROWS + tl.arange(0, ROWS)
-    row_exists = rows < n_rows
+    first_row = (tl.program_id(0) % row_tiles) * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    present_rows, present_columns = n_rows, n_columns
+    if row_counts_ptr is not None:
+        present_rows = tl.load(row_counts_ptr + problem)
+        present_columns = tl.load(column_counts_ptr + problem)
+        if first_row >= present_rows:
+            return
+    row_exists = rows < present_rows
     row_at = problem * n_rows + rows
     if wanted_ptr is not None:
         wanted = tl.load(wanted_ptr + row_at, mask=row_exists, other=0)
@@ -243,11 +252,11 @@ def sums_kernel(
             return
     scale = LOG2_E / tl.load(epsilons_ptr + problem)
     row_side = row_points_ptr, row_halves_ptr, row_potentials_ptr, n_rows
-    column_side = column_points_ptr, column_halves_ptr, column_potentials_ptr, n_columns
+    column_side = column_points_ptr, column_halves_ptr, column_potentials_ptr, present_columns
     column_base = problem * n_columns
     row_tile = _load_points(row_side, row_at, row_exists, 0, n_features, DEPTH) if WHOLE else row_at
     first_tile = split * tiles
-    end_tile = tl.minimum(first_tile + tiles, tl.cdiv(n_columns, COLUMNS))
+    end_tile = tl.minimum(first_tile + tiles, tl.cdiv(present_columns, COLUMNS))
 
     total = tl.zeros((ROWS,), TOTAL)
     shift = tl.full((ROWS,), float("inf"), TOTAL)
@@ -434,6 +443,8 @@ def plan_kernel(
     column_points_ptr,  # [B, n_columns, n_features]
     row_halves_ptr,  # [B, n_rows] float64, or None
     column_halves_ptr,
+    row_counts_ptr,  # [B] int32: beyond so many rows there is only padding, whose results are 0; or None
+    column_counts_ptr,
     row_potentials_ptr,  # [B, n_rows] float64
     column_potentials_ptr,
     row_factors_ptr,  # [B, n_rows, n_factors]: u, or None
@@ -465,14 +476,19 @@ def plan_kernel(
 ):
     row_tiles = tl.cdiv(n_rows, ROWS)
     problem, split = (tl.program_id(0) // row_tiles).to(tl.int64), tl.program_id(1)
-    rows = (tl.program_id(0) % row_tiles) * ROWS + tl.arange(0, ROWS)
-    row_exists = rows < n_rows
+    first_row = (tl.program_id(0) % row_tiles) * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    present_rows, present_columns = n_rows, n_columns
+    if row_counts_ptr is not None:
+        present_rows = tl.load(row_counts_ptr + problem)
+        present_columns = tl.where(first_row < present_rows, tl.load(column_counts_ptr + problem), 0)
+    row_exists = rows < present_rows
     row_at = problem * n_rows + rows
     epsilon = tl.load(epsilons_ptr + problem)
     scale = LOG2_E / epsilon
     factor = _factor(scale, COST, DIRECT).to(TOTAL)
     row_side = row_points_ptr, row_halves_ptr, row_potentials_ptr, n_rows
-    column_side = column_points_ptr, column_halves_ptr, column_potentials_ptr, n_columns
+    column_side = column_points_ptr, column_halves_ptr, column_potentials_ptr, present_columns
     row_tile = _load_points(row_side, row_at, row_exists, 0, n_features, DEPTH) if WHOLE else row_at
     row = _load_potentials(row_side, row_at, row_exists, scale, TOTAL)
     out = tl.program_id(2) * OUT + tl.arange(0, OUT)
@@ -481,10 +497,10 @@ def plan_kernel(
     result = tl.zeros((ROWS, OUT), TOTAL)
     total = tl.zeros((ROWS,), TOTAL)
     first_tile = split * tiles
-    end_tile = tl.minimum(first_tile + tiles, tl.cdiv(n_columns, COLUMNS))
+    end_tile = tl.minimum(first_tile + tiles, tl.cdiv(present_columns, COLUMNS))
     for tile in range(first_tile, end_tile):
         columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-        column_exists = columns < n_columns
+        column_exists = columns < present_columns
         column_at = problem * n_columns + columns
         column = _load_potentials(column_side, column_at, column_exists, scale, TOTAL)
         pairs = _pairs(
@@ -540,6 +556,7 @@ def plan_kernel(
             result = total[:, None] * tl.load(row_operand_ptr + at, mask=inside, other=0.0) - result
         if COST == SQEUCLIDEAN:
             result *= 2.0
+    inside = (rows < n_rows)[:, None] & out_exists[None, :]
     tl.store(out_ptr + split.to(tl.int64) * batch * n_rows * out_width + at, result, mask=inside)
 
 

@@ -93,6 +93,7 @@ def _constants(
 class Side(NamedTuple):
     values: Tensor  # [B, n, width], contiguous
     halves: Tensor | None  # [B, n] float64
+    counts: Tensor | None = None  # [B] int32: beyond is padding
 
 
 class Points(NamedTuple):
@@ -143,28 +144,41 @@ class Points(NamedTuple):
         return triton.cdiv(column_tiles, each), each
 
 
-def prepare(x: Tensor, y: Tensor, point_cost: int) -> Points:
-    """From ``x [B, n, d]`` and ``y [B, m, d]``; n, m and d are not 0."""
-    features = x.shape[2]
+def prepare(x: Tensor, y: Tensor, point_cost: int, rows: Tensor, columns: Tensor) -> Points:
+    """From ``x [B, n, d]`` and ``y [B, m, d]``; n, m and d are not 0. What follows on the last of a problem's rows
+    ``[B, n]`` and columns ``[B, m]`` that are there is padding; a single problem has none."""
+    features, counts = x.shape[2], (_counts(rows), _counts(columns))
     if _is_direct(x.dtype, point_cost, features):
-        return Points(Side(x.contiguous(), None), Side(y.contiguous(), None), point_cost, features, True)
+        sides = (Side(points.contiguous(), None, count) for points, count in zip((x, y), counts, strict=True))
+        return Points(*sides, point_cost, features, True)
     width = _width(features)
 
-    def side(points: Tensor) -> Side:
+    def side(points: Tensor, count: Tensor | None) -> Side:
         values = F.pad(points, (0, width - features)).contiguous()
         if point_cost == kernels.COSINE.value:
-            return Side(values, values.new_full(values.shape[:2], 0.5, dtype=torch.float64))
-        return Side(values, torch.linalg.vector_norm(values, dim=2, dtype=torch.float64).square_())
+            return Side(values, values.new_full(values.shape[:2], 0.5, dtype=torch.float64), count)
+        return Side(values, torch.linalg.vector_norm(values, dim=2, dtype=torch.float64).square_(), count)
 
     if point_cost != kernels.COSINE.value:
-        x, y = around_centre(x, y)
-    return Points(side(x), side(y), point_cost, features, False)
+        x, y = around_centre(x, y, rows)
+    return Points(side(x, counts[0]), side(y, counts[1]), point_cost, features, False)
 
 
-def around_centre(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The points around the mean of x, whose digits products would lose."""
-    centre = x.mean(1, keepdim=True, dtype=torch.float64).to(x.dtype)
-    return x - centre, y - centre
+def _counts(is_there: Tensor) -> Tensor | None:
+    if len(is_there) == 1:
+        return None
+    places = torch.arange(1, is_there.shape[1] + 1, dtype=torch.int32, device=is_there.device)
+    return torch.where(is_there, places, 0).amax(1)
+
+
+def around_centre(x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The points around the mean of x, of the rows that are there, whose digits products would lose."""
+    if len(x) == 1:
+        centre = x.mean(1, keepdim=True, dtype=torch.float64)
+    else:
+        total = x.masked_fill(~rows.unsqueeze(2), 0).sum(1, keepdim=True, dtype=torch.float64)
+        centre = total / rows.sum(1).clamp(min=1).view(-1, 1, 1)
+    return x - centre.to(x.dtype), y - centre.to(x.dtype)
 
 
 # ---- what tools/triton_report.py compiles ----
@@ -210,4 +224,9 @@ def ahead_of_time(
     types |= dict.fromkeys(kernels.COUNTS, "i32") | {"n_features": "i32" if width % 16 else "i32:16"}
     if is_direct:
         constants |= dict.fromkeys(("row_halves_ptr", "column_halves_ptr"))
+    counts = ("row_counts_ptr", "column_counts_ptr")
+    if name == "sqeuclidean 64 tf32x3":
+        types |= dict.fromkeys(counts, "*i32:16")
+    else:
+        constants |= dict.fromkeys(counts)
     return types, constants, tiles.options()

@@ -52,6 +52,8 @@ def _pass(
         points.columns.values,
         points.rows.halves,
         points.columns.halves,
+        points.rows.counts,
+        points.columns.counts,
         *potentials,
         u,
         z,
@@ -117,7 +119,7 @@ def point_plan(
     if min(*x.shape, y.shape[1], u.shape[2]) == 0:
         return rows, columns, by_x, by_y
     with torch.cuda.device_of(x):
-        points = prepare(x, y, point_cost)
+        points = prepare(x, y, point_cost, f > -torch.inf, g > -torch.inf)
         f_and_g, g_and_f = (f, g), (g, f)
         if with_rows:
             rows = _pass(points, f_and_g, epsilon, None, (None, z), z.shape[2], times_cost=times_cost)
@@ -126,7 +128,7 @@ def point_plan(
         if with_x or with_y:
             centred = points.rows.values, points.columns.values
             if points.is_direct and point_cost != kernels.COSINE.value:
-                centred = around_centre(x, y)
+                centred = around_centre(x, y, f > -torch.inf)
             if with_x:
                 by_x = _pull(points, centred, f_and_g, epsilon, (u, z), times_cost=times_cost)
             if with_y:

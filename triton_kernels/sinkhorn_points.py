@@ -99,6 +99,8 @@ class _Sums(NamedTuple):
             points.columns.values,
             points.rows.halves,
             points.columns.halves,
+            points.rows.counts,
+            points.columns.counts,
             row_potentials,
             column_potentials,
             wanted,
@@ -153,7 +155,7 @@ def sinkhorn_points(
     if batch == 0 or max_iter <= 0:
         return f, g, error, iterations
     with torch.cuda.device_of(x):
-        points = prepare(x, y, point_cost)
+        points = prepare(x, y, point_cost, a > 0, b > 0)
         row = _Marginal(f, a.contiguous(), log_a.contiguous(), None if rho_a is None else rho_a.contiguous())
         column = _Marginal(g, b.contiguous(), log_b.contiguous(), None if rho_b is None else rho_b.contiguous())
         row_sums, column_sums = _Sums.of(points), _Sums.of(points.exchanged)
@@ -205,7 +207,8 @@ def log_sums(x: Tensor, y: Tensor, point_cost: int, others: Tensor, epsilon: Ten
     if result.numel() == 0:
         return result
     with torch.cuda.device_of(x):
-        points, others, epsilon = prepare(x, y, point_cost), others.contiguous(), epsilon.contiguous()
+        points = prepare(x, y, point_cost, wanted, others > -torch.inf)
+        others, epsilon = others.contiguous(), epsilon.contiguous()
         sums = _Sums.of(points)
         flags = torch.full((batch,), kernels.FRESH.value, dtype=torch.int32, device=x.device)
         sums.fill(points, result, others, epsilon, flags, wanted.contiguous().view(torch.int8))

@@ -1,7 +1,7 @@
 #include "emulator.h"
 
-#include <atomic>
 #include <sys/mman.h>
+#include <atomic>
 
 #include <algorithm>
 #include <cstdlib>
