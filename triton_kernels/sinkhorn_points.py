@@ -8,9 +8,13 @@ _point_kernels.py has the formulas. An iteration is four launches:
     update    G, the error of all rows, and what comes next: the same stage of epsilon, the next one, or the end
 
 That is two products and two exponentials a pair and iteration: columns need the rows' new potentials, which are known
-when a row has been summed over all columns. Sums lie near the weights, for potentials have absorbed all that went
-before, so that no maximum is needed; where a sum of a program's rows leaves [1e-30, 1e30], and in the first iteration
-of a stage, the program begins anew around the maximum. Memory: O((n + m) d).
+when a row has been summed over all columns. A step that took both sums from one exponential would update both sides
+from the old ones: two runs of this iteration side by side, each of which advances by a half, so that the same progress
+takes as many exponentials; averaging the two contracts by (1 + s) / 2 where this iteration does by s^2.
+
+Sums lie near the weights, for potentials have absorbed all that went before, so that no maximum is needed; where a sum
+of a program's rows leaves [1e-30, 1e30], and in the first iteration of a stage, the program begins anew around the
+maximum. Memory: O((n + m) d).
 
 Every problem of a batch has its own epsilon, stage and end, which the device keeps. The host looks every few
 iterations whether all of them have come to their end. Sums of a program are in the points' dtype, all that follows in
