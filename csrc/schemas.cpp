@@ -100,6 +100,16 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "z, int point_cost, bool times_cost, bool with_rows, bool with_columns, bool with_x, bool with_y) -> (Tensor "
       "rows, "
       "Tensor columns, Tensor by_x, Tensor by_y)");
+  // Both potentials at once, averaged, at the epsilons of a list, and of points with themselves to a tolerance:
+  // csrc/symmetric_sinkhorn, pyreg/ops/_symmetric_sinkhorn.py. Potentials leave the weights out; the last four are those
+  // of one more iteration, not averaged.
+  library.def(
+      "symmetric_sinkhorn(Tensor x, Tensor y, int point_cost, float least_square, Tensor a, Tensor b, float[] epsilons, "
+      "float rho, bool with_self) -> (Tensor f, Tensor g, Tensor f_self, Tensor g_self, Tensor next_f, Tensor next_g, "
+      "Tensor next_f_self, Tensor next_g_self)");
+  library.def(
+      "symmetric_sinkhorn_self(Tensor x, int point_cost, Tensor a, Tensor? rho, Tensor epsilon, Tensor first_epsilon, "
+      "float epsilon_factor, int max_iter, float tol) -> (Tensor f, Tensor error, Tensor iterations)");
   // What follows them is in pyreg/ops/_potentials.py. Potentials here leave the weights out, and weights of 0 have one.
   library.def(
       "sinkhorn_potentials(Tensor cost, Tensor a, Tensor b, Tensor? rho_a, Tensor? rho_b, Tensor epsilon, Tensor "

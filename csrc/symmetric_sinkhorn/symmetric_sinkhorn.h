@@ -1,0 +1,68 @@
+// Sinkhorn's iteration between points with both potentials brought up to date at once, and averaged:
+//
+//   f'_i = -kappa eps log sum_j b_j exp((g_j - C_ij) / eps)     g'_j = -kappa eps log sum_i a_i exp((f_i - C_ij) / eps)
+//   f <- (f + f') / 2                                           g <- (g + g') / 2
+//
+// Potentials leave the weights out. Both sums are those of one matrix,
+//
+//   E_ij = exp((f_i + g_j - C_ij) / eps),   sum_j b_j E_ij = exp((f_i - f'_i / kappa) / eps),
+//
+// so that a pair costs one exponential. Averages of the last step's f' and g' keep E within the plan's density: for
+// f'_i + g_j - C_ij and f_i + g'_j - C_ij are at most -eps log b_j and -eps log a_i. Between two epsilons it grows at
+// most by the power of their ratio; where a sum leaves [1 / kWidest, kWidest] all the same, that row's or column's is
+// found again by log-sum-exp.
+//
+// Of points with themselves the potentials are equal and so are E_ij and E_ji: pairs of one half are formed, each gives
+// to the sums of both its points. The averaged step halves its error there, at least.
+#pragma once
+
+#include <cmath>
+
+#include "core/dtype.h"
+#include "core/isa.h"
+#include "sinkhorn/sinkhorn.h"
+
+namespace pyreg {
+
+struct SymmetricSide {
+  int64_t count;
+  const void* points;    // [count, dimension]
+  const double* weights;  // [count]
+  const double* rhos;    // [count] or null: all infinite
+  double* potentials;    // [count]
+  double* next;          // [count] or null: f' of the potentials, not averaged
+
+  PYREG_HOST_DEVICE double kappa(int64_t i, double epsilon) const {
+    return rhos == nullptr || rhos[i] == static_cast<double>(INFINITY) ? 1 : rhos[i] / (rhos[i] + epsilon);
+  }
+};
+
+struct SymmetricProblem {
+  SymmetricSide row, column;
+  bool is_self;  // the column is the row
+  // Where there is no list of epsilons:
+  double epsilon, first_epsilon;
+  double* error;
+  int64_t* iterations;
+};
+
+struct SymmetricSinkhornArgs {
+  Dtype dtype;  // float64 or float32, of the points
+  PointCost point_cost;
+  int64_t dimension;
+  double least_square;  // squared distances count as no less, before roots are taken
+  int64_t most_held;    // bytes of costs
+  SymmetricProblem* problems;
+  int64_t problem_count;
+  // Either an iteration each, whose potentials are f' and g' of the first one's at first, and the last one's `next` ...
+  const double* epsilons;
+  int64_t epsilon_count;
+  // ... or as many as `error` takes to come down to the tolerance, epsilon falling by the factor from one to the next.
+  double epsilon_factor;
+  int64_t max_iterations;
+  double tolerance;
+};
+
+PYREG_DECLARE_KERNEL(symmetric_sinkhorn, SymmetricSinkhornArgs)
+
+}  // namespace pyreg
