@@ -101,12 +101,15 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "rows, "
       "Tensor columns, Tensor by_x, Tensor by_y)");
   // Both potentials at once, averaged, at the epsilons of a list, and of points with themselves to a tolerance:
-  // csrc/symmetric_sinkhorn, pyreg/ops/_symmetric_sinkhorn.py. Potentials leave the weights out; the last four are those
-  // of one more iteration, not averaged.
+  // csrc/symmetric_sinkhorn, pyreg/ops/_symmetric_sinkhorn.py. Potentials leave the weights out. f, g, f_self, g_self;
+  // the same of one more iteration, not averaged; and their slopes [B, n, d].
   library.def(
-      "symmetric_sinkhorn(Tensor x, Tensor y, int point_cost, float least_square, Tensor a, Tensor b, float[] epsilons, "
-      "float rho, bool with_self) -> (Tensor f, Tensor g, Tensor f_self, Tensor g_self, Tensor next_f, Tensor next_g, "
-      "Tensor next_f_self, Tensor next_g_self)");
+      "symmetric_sinkhorn(Tensor x, Tensor y, int point_cost, float least_square, Tensor a, Tensor b, float[] "
+      "epsilons, "
+      "float rho, bool with_self, bool slope_x, bool slope_y) -> (Tensor f, Tensor g, Tensor f_self, Tensor g_self, "
+      "Tensor "
+      "next_f, Tensor next_g, Tensor next_f_self, Tensor next_g_self, Tensor slope_f, Tensor slope_g, Tensor "
+      "slope_f_self, Tensor slope_g_self)");
   library.def(
       "symmetric_sinkhorn_self(Tensor x, int point_cost, Tensor a, Tensor? rho, Tensor epsilon, Tensor first_epsilon, "
       "float epsilon_factor, int max_iter, float tol) -> (Tensor f, Tensor error, Tensor iterations)");
@@ -138,4 +141,17 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "Tensor row_factors, Tensor column_factors, Tensor row_kappas, Tensor column_kappas, Tensor rows, Tensor "
       "columns, "
       "int point_cost, bool transposed) -> (Tensor rows, Tensor columns)");
+  // Of points with themselves: pyreg/ops/_self_potentials.py.
+  library.def(
+      "sinkhorn_self_potentials(Tensor x, Tensor a, Tensor? rho, Tensor epsilon, Tensor first_epsilon, float "
+      "epsilon_factor, int point_cost, int max_iter, float tol, Tensor? padding) -> (Tensor f, Tensor error, Tensor "
+      "iterations)");
+  library.def(
+      "sinkhorn_self_value(Tensor x, Tensor a, Tensor f, Tensor? rho, Tensor epsilon, int point_cost) -> Tensor");
+  // geomloss's samples loss: pyreg/ops/samples_loss.py. The last four are the potentials' gradients, each row's by its
+  // own point.
+  library.def(
+      "samples_loss_potentials(Tensor x, Tensor y, Tensor a, Tensor b, int p, float blur, float reach, float diameter, "
+      "float scaling, bool debias, bool need_x, bool need_y) -> (Tensor f, Tensor g, Tensor f_self, Tensor g_self, "
+      "Tensor slope_f, Tensor slope_g, Tensor slope_f_self, Tensor slope_g_self)");
 }

@@ -4,6 +4,7 @@ from pyreg.ops.conr import conr_loss
 from pyreg.ops.info_nce import info_nce
 from pyreg.ops.linear_stablemax import linear_stablemax_cross_entropy
 from pyreg.ops.sinkhorn import sinkhorn, sinkhorn_points
+from pyreg.ops.sinkhorn_divergence import sinkhorn_divergence
 from pyreg.ops.stablemax import (
     log_stablemax,
     stablemax,
@@ -19,6 +20,7 @@ __all__ = [
     "linear_stablemax_cross_entropy",
     "log_stablemax",
     "sinkhorn",
+    "sinkhorn_divergence",
     "sinkhorn_points",
     "stablemax",
     "stablemax_cross_entropy",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyreg import functional
+from pyreg.ops import samples_loss
 from pyreg.ops.weight_compander import KINDS
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ __all__ = [
     "ConRLoss",
     "InfoNCELoss",
     "LinearStableMaxCrossEntropyLoss",
+    "SamplesLoss",
     "StableMaxCrossEntropyLoss",
     "SupConLoss",
     "WeightCompander",
@@ -236,6 +238,97 @@ class InfoNCELoss(torch.nn.Module):
 def _group_repr(group: dist.ProcessGroup | bool | None) -> str:
     """Said where there is one."""
     return "" if group is None else f", group={'default' if group is True else group}"
+
+
+class SamplesLoss(torch.nn.Module):
+    r"""The Sinkhorn loss between samples of geomloss, in place of its class of that name, whose constructor and values
+    it has.
+
+    .. code-block:: text
+
+        C_ij = |x_i - y_j| (p = 1), |x_i - y_j|^2 / 2 (p = 2)        eps = blur^p,  rho = reach^p
+        OT(x, y) = min_P  <P, C> + eps KL(P | a b^T) + rho KL(P 1 | a) + rho KL(P^T 1 | b)
+        loss = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 + eps / 2 (sum a - sum b)^2       debias
+        loss = OT(x, y)                                                                 otherwise
+
+    as far as one iteration at each epsilon from ``diameter^p`` down to ``blur^p``, by factors of ``scaling^p``, finds
+    them. No matrix of costs is held beyond 256 MB, whatever the backend.
+
+    Where gradients of second order, a tolerance or a warning of what has not converged are wanted, use
+    :func:`pyreg.functional.sinkhorn_divergence`; for the plan :func:`pyreg.functional.sinkhorn_points`.
+
+    Args:
+        loss: ``"sinkhorn"``.
+        p: 1 or 2.
+        blur: above 0, the scale that is to be told apart.
+        reach: above 0, the scale of the largest displacement; None: the marginals must hold.
+        diameter: above 0, where the scales begin; None: that of the box around all points, to read which waits for a
+            GPU.
+        scaling: between 0 and 1, the factor between two scales.
+        debias: whether the two terms of the samples with themselves are subtracted.
+        potentials: whether the loss's potentials are returned in its place.
+        truncate, verbose, backend: accepted, and without meaning: there is one exact way.
+        cost, kernel, cluster_scale: None.
+        exact_gradient: of no meaning without ``reach``. With it, geomloss's gradient by x and y is ``(rho + eps / 2) /
+            (rho + eps)`` of the loss's own, and so is this one; True gives that of the loss.
+
+    Shape:
+        Called as ``(x, y)`` or ``(a, x, b, y)`` with x ``[n, d]`` or ``[B, n, d]`` and weights a ``[n]``, ``[n, 1]``,
+        ``[B, n]`` or ``[B, n, 1]``, 1 / n by default; y and b likewise, with m. Returns a number or ``[B]``; with
+        ``potentials`` ``(F, G)`` of the weights' shapes. float64, float32, or bfloat16 and float16 as float32.
+
+    Gradient:
+        With respect to x, y and the weights, as geomloss has it: through the last iteration alone. Of first order.
+        Potentials have gradients in points of weights above 0.
+
+    Raises:
+        ValueError, TypeError: options and shapes that do not fit; the message says what was expected, or what to use
+            instead. Weights that are negative, NaN or infinite, of the CPU or where ``PYREG_CHECKS=1`` asks for it.
+
+    Source: Feydy, Sejourne, Vialard, Amari, Trouve, Peyre, "Interpolating between Optimal Transport and MMD using
+    Sinkhorn Divergences", AISTATS 2019, arXiv 1810.08278; geomloss 0.3.1.
+
+    Example:
+        >>> loss = pyreg.nn.SamplesLoss("sinkhorn", p=2, blur=0.05)
+        >>> loss(torch.rand(100, 3, requires_grad=True), torch.rand(120, 3)).backward()
+    """
+
+    def __init__(
+        self,
+        loss: str = "sinkhorn",
+        p: int = 2,
+        blur: float = 0.05,
+        reach: float | None = None,
+        diameter: float | None = None,
+        scaling: float = 0.5,
+        truncate: float | None = 5,
+        cost: object = None,
+        kernel: object = None,
+        cluster_scale: float | None = None,
+        debias: bool = True,
+        potentials: bool = False,
+        verbose: bool = False,
+        backend: str = "auto",
+        *,
+        exact_gradient: bool = False,
+    ) -> None:
+        super().__init__()
+        samples_loss.refuse_unknown(loss, cost, kernel, cluster_scale, backend)
+        options = samples_loss.checked(p, blur, reach, diameter, scaling, debias)
+        self.loss, self.p, self.blur, self.reach, self.diameter = loss, options.p, blur, reach, diameter
+        self.scaling, self.truncate, self.cost, self.kernel, self.cluster_scale = scaling, truncate, None, None, None
+        self.debias, self.potentials, self.verbose, self.backend = debias, potentials, verbose, backend
+        self.exact_gradient = exact_gradient
+
+    def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        options = samples_loss.checked(self.p, self.blur, self.reach, self.diameter, self.scaling, self.debias)
+        return samples_loss.samples_loss(args, options, self.potentials, self.exact_gradient)
+
+    def extra_repr(self) -> str:
+        return (
+            f"p={self.p}, blur={self.blur}, reach={self.reach}, diameter={self.diameter}, scaling={self.scaling}, "
+            f"debias={self.debias}" + (", potentials=True" if self.potentials else "")
+        )
 
 
 class WeightCompander(torch.nn.Module):

@@ -159,6 +159,27 @@ PYREG_HOST_DEVICE FloatVector exponential(FloatVector x) {
   return mantissa * first * second;
 }
 
+// 2^x, in half the instructions of an exponential where the exponent's bits are added by one of them; 0 where that is
+// below the normal numbers and the thread flushes them.
+PYREG_HOST_DEVICE FloatVector power_of_two(FloatVector x) {
+  constexpr float kP[] = {1.0f, 0.6931472f, 0.24022646f, 0.055503286f, 0.009618489f, 0.0013399931f, 0.00015345811f};
+  x = x < -150.0f ? broadcast(-150.0f) : x;  // 0
+#if defined(__AVX512F__)
+  const __m512 rounded = _mm512_roundscale_ps(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return bit_cast<FloatVector>(
+      _mm512_scalef_ps(bit_cast<__m512>(polynomial(x - bit_cast<FloatVector>(rounded), kP)), rounded));
+#else
+  constexpr float kRound = 12582912.0f;  // as below
+  x = x > 129.0f ? broadcast(129.0f) : x;
+  const FloatVector shifted = x + kRound;
+  const Int32Vector n = bit_cast<Int32Vector>(shifted) - bit_cast<Int32Vector>(broadcast(kRound));
+  const Int32Vector half = n >> 1;
+  const FloatVector first = bit_cast<FloatVector>((half + 127) << 23);
+  const FloatVector second = bit_cast<FloatVector>((n - half + 127) << 23);
+  return polynomial(x - (shifted - kRound), kP) * first * second;
+#endif
+}
+
 // arctan t = t + t^3 P(t^2) for t <= 1, arctan x = pi / 2 - arctan(1 / x) beyond.
 PYREG_HOST_DEVICE FloatVector arc_tangent(FloatVector x) {
   constexpr float kP[] = {-0.333333f,   0.19998549f,   -0.14264242f, 0.10952186f,   -0.08403451f,
@@ -195,27 +216,43 @@ PYREG_HOST_DEVICE FloatVector error_function(FloatVector x) {
   return with_sign_of(magnitude < 0.84375f ? small : large, x);
 }
 
-// As for float; the series to r^13 leaves a relative error of 4e-18.
-PYREG_HOST_DEVICE DoubleVector exponential(DoubleVector x) {
+// exp r, |r| <= ln 2 / 2; the series to r^13 leaves a relative error of 4e-18.
+PYREG_HOST_DEVICE DoubleVector exponential_series(DoubleVector r) {
   constexpr double kInverseFactorial[] = {1.0 / 6,        1.0 / 24,        1.0 / 120,         1.0 / 720,
                                           1.0 / 5040,     1.0 / 40320,     1.0 / 362880,      1.0 / 3628800,
                                           1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
-  constexpr double kLog2E = 1.44269504088896340736, kRound = 0x1.8p52;
-  x = x > 710.0 ? broadcast(710.0) : x;    // infinity
-  x = x < -746.0 ? broadcast(-746.0) : x;  // 0
-  const DoubleVector shifted = x * kLog2E + kRound;
-  const DoubleVector rounded = shifted - kRound;
-  const DoubleVector r = (x - rounded * LogFormat<double>::kLn2High) - rounded * LogFormat<double>::kLn2Low;
   DoubleVector series = broadcast(kInverseFactorial[10]);
   for (int term = 9; term >= 0; --term) series = series * r + kInverseFactorial[term];
-  const DoubleVector mantissa = 1.0 + (r + r * r * (0.5 + r * series));
-  // The integer n is in the last bits of `shifted`; moved up into the exponent's, those above it are gone.
-  const DoubleVector shifted_half = rounded * 0.5 + kRound;
-  const DoubleVector shifted_rest = (rounded - (shifted_half - kRound)) + kRound;
+  return 1.0 + (r + r * r * (0.5 + r * series));
+}
+
+// x 2^n for an integer n, which may leave a subnormal number.
+PYREG_HOST_DEVICE DoubleVector scale_by_power(DoubleVector x, DoubleVector n) {
+  constexpr double kRound = 0x1.8p52;
+  // Integers are in the last bits of sums with kRound; moved up into the exponent's, those above them are gone.
+  const DoubleVector shifted_half = n * 0.5 + kRound;
+  const DoubleVector shifted_rest = (n - (shifted_half - kRound)) + kRound;
   const UInt64Vector one = bit_cast<UInt64Vector>(broadcast(1.0));
   const DoubleVector first = bit_cast<DoubleVector>((bit_cast<UInt64Vector>(shifted_half) << 52) + one);
   const DoubleVector second = bit_cast<DoubleVector>((bit_cast<UInt64Vector>(shifted_rest) << 52) + one);
-  return mantissa * first * second;
+  return x * first * second;
+}
+
+// As for float.
+PYREG_HOST_DEVICE DoubleVector exponential(DoubleVector x) {
+  constexpr double kLog2E = 1.44269504088896340736, kRound = 0x1.8p52;
+  x = x > 710.0 ? broadcast(710.0) : x;    // infinity
+  x = x < -746.0 ? broadcast(-746.0) : x;  // 0
+  const DoubleVector rounded = (x * kLog2E + kRound) - kRound;
+  const DoubleVector r = (x - rounded * LogFormat<double>::kLn2High) - rounded * LogFormat<double>::kLn2Low;
+  return scale_by_power(exponential_series(r), rounded);
+}
+PYREG_HOST_DEVICE DoubleVector power_of_two(DoubleVector x) {
+  constexpr double kLn2 = 0.69314718055994530942, kRound = 0x1.8p52;
+  x = x > 1025.0 ? broadcast(1025.0) : x;    // infinity
+  x = x < -1076.0 ? broadcast(-1076.0) : x;  // 0
+  const DoubleVector rounded = (x + kRound) - kRound;
+  return scale_by_power(exponential_series((x - rounded) * kLn2), rounded);
 }
 PYREG_HOST_DEVICE DoubleVector arc_tangent(DoubleVector x) {
   return lane_by_lane(x, [](double lane) { return arc_tangent(lane); });

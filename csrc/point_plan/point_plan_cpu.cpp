@@ -31,7 +31,7 @@ class Panel {
         if constexpr (kDimension == 0) {
           const Scratch<A> costs(kTogether * args_.stride);
           for (; i + kTogether <= end; i += kTogether) {
-            fill_costs<kTogether>(cost_, i, costs.get());
+            fill_costs<kTogether>(cost_, i, costs.get(), args_.stride);
             for (int64_t r = 0; r < kTogether; ++r) row(i + r, block, costs.get() + r * args_.stride);
           }
         }

@@ -33,9 +33,9 @@ struct PointsCost {
     const Vector<A> difference = x - y;
     return sum + difference * difference;
   }
-  static Vector<A> finish(Vector<A> sum) {
+  Vector<A> finish(Vector<A> sum) const {
     if constexpr (kCost == PointCost::cosine) return A(1) - sum;
-    if constexpr (kCost == PointCost::euclidean) return square_root(sum);
+    if constexpr (kCost == PointCost::euclidean) return square_root(sum < least_square ? broadcast(least_square) : sum);
     return sum;
   }
 
@@ -44,21 +44,23 @@ struct PointsCost {
   }
 
   int64_t dimension, stride;
-  const A* x;  // [rows, dimension]
-  const A* y;  // [dimension, stride], the columns' points
+  const A* x;          // [rows, dimension]
+  const A* y;          // [dimension, stride], the columns' points
+  A least_square = 0;  // squared distances count as no less, before roots are taken
 };
 
-// All costs of rows first..., `stride` apart. A vector of the columns' points is loaded once for kRows of them.
+// Costs of rows first... from column `begin` on, `stride` apart. A vector of the columns' points is loaded once for
+// kRows of them.
 template <int64_t kRows, typename A, PointCost kCost, int64_t kDimension>
-void fill_costs(const PointsCost<A, kCost, kDimension>& cost, int64_t first, A* to) {
+void fill_costs(const PointsCost<A, kCost, kDimension>& cost, int64_t first, A* to, int64_t stride, int64_t begin = 0) {
   const A* const points = cost.x + first * cost.dimension;
-  for (int64_t j = 0; j < cost.stride; j += kLanes<A>) {
+  for (int64_t j = begin; j < cost.stride; j += kLanes<A>, to += kLanes<A>) {
     Vector<A> sums[kRows] = {};
     for (int64_t k = 0; k < cost.dimension; ++k) {
       const Vector<A> coordinate = load(cost.y + k * cost.stride + j);
       for (int64_t r = 0; r < kRows; ++r) sums[r] = cost.add(sums[r], points[r * cost.dimension + k], coordinate);
     }
-    for (int64_t r = 0; r < kRows; ++r) store(to + r * cost.stride + j, cost.finish(sums[r]));
+    for (int64_t r = 0; r < kRows; ++r) store(to + r * stride, cost.finish(sums[r]));
   }
 }
 

@@ -438,9 +438,9 @@ class Problem {
   void fill_costs_of(int64_t first, int64_t end, A* to) const {
     if constexpr (!Cost::kIsHeld) {
       for (; first + kTogether<A> <= end; first += kTogether<A>, to += kTogether<A> * stride_) {
-        fill_costs<kTogether<A>>(cost_, first, to);
+        fill_costs<kTogether<A>>(cost_, first, to, stride_);
       }
-      for (; first < end; ++first, to += stride_) fill_costs<1>(cost_, first, to);
+      for (; first < end; ++first, to += stride_) fill_costs<1>(cost_, first, to, stride_);
     }
   }
 

@@ -28,19 +28,19 @@ class PointCost:
     :class:`~pyreg.ops._dense_cost.DenseCost`."""
 
     def __init__(self, x: Tensor, y: Tensor, cost: str, problems: Problems, streaming: bool | None) -> None:
-        self._points = (x, y) if cost != "cosine" else (_pairwise_cost.units(x), _pairwise_cost.units(y))
-        self._cost, self._code, self._problems = cost, _pairwise_cost.COSTS.index(cost), problems
+        self.points = (x, y) if cost != "cosine" else (_pairwise_cost.units(x), _pairwise_cost.units(y))
+        self._cost, self.code, self._problems = cost, _pairwise_cost.COSTS.index(cost), problems
         self._is_streaming = self._must_stream() if streaming is None else streaming
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._points[0].dtype
+        return self.points[0].dtype
 
     # ---- constants ----
 
     def mean(self) -> Tensor:
         """``[B]``, float64."""
-        x, y = (points.detach() for points in self._points)
+        x, y = (points.detach() for points in self.points)
         sides = (self._problems.rows, x), (self._problems.columns, y)
         u, z = (_without(entries, points.new_ones((*points.shape[:2], 1)), 0) for entries, points in sides)
         zeros = (
@@ -50,13 +50,13 @@ class PointCost:
         # At an epsilon without end every entry of E is 1.
         everywhere = x.new_full((x.shape[0],), 1e30, dtype=torch.float64)
         options: dict[str, Any] = {"z": z, "rows": True, "times_cost": True}
-        rows, *_ = point_plan((x, y), tuple(zeros), everywhere, self._code, **options)  # type: ignore[arg-type]
+        rows, *_ = point_plan((x, y), tuple(zeros), everywhere, self.code, **options)  # type: ignore[arg-type]
         count = u.sum(1, dtype=torch.float64) * z.sum(1, dtype=torch.float64)
         return ((rows * u).sum(1, dtype=torch.float64) / count).squeeze(1)
 
     def range(self) -> Tensor:
         """Of costs, ``[B]``, float64: a bound, from boxes and balls that hold all x and all y."""
-        x, y = (points.detach().double() for points in self._points)
+        x, y = (points.detach().double() for points in self.points)
         if self._cost == "cosine":
             return x.new_full(x.shape[:1], 2)
         (x_least, x_most, x_centre, x_radius), (y_least, y_most, y_centre, y_radius) = (
@@ -71,7 +71,7 @@ class PointCost:
 
     def check(self, operator: str, a: Tensor, b: Tensor, rho_a: Tensor | None, rho_b: Tensor | None) -> None:
         """An error for points so far apart that their costs overflow; where values may be read."""
-        x, y = (points.detach() for points in self._points)
+        x, y = (points.detach() for points in self.points)
         if self._cost == "cosine" or not _checks.reads_values(x) or x.shape[0] == 0:
             return
         most, least = (
@@ -88,39 +88,39 @@ class PointCost:
     # ---- differentiable ----
 
     def potentials(self, *problem: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, y = (points.contiguous() for points in self._points)
+        x, y = (points.contiguous() for points in self.points)
         padding = self._problems.rows.padding, self._problems.columns.padding
-        return _point_potentials.potentials(x, y, self._code, self._is_streaming, *problem, *padding)  # type: ignore[no-any-return]
+        return _point_potentials.potentials(x, y, self.code, self._is_streaming, *problem, *padding)  # type: ignore[no-any-return]
 
     def value(self, row: Side, column: Side) -> Tensor:
         tensors = (row.weights, column.weights, row.potentials, column.potentials, row.rho, column.rho, row.epsilon)
-        return _point_potentials.value(*self._points, *tensors, self._code, row.is_counting)  # type: ignore[no-any-return]
+        return _point_potentials.value(*self.points, *tensors, self.code, row.is_counting)  # type: ignore[no-any-return]
 
     def plan(self, row: Side, column: Side) -> Tensor:
-        return _potentials.plan(_pairwise_cost.cost_of_computed(*self._points, self._code), row, column)
+        return _potentials.plan(_pairwise_cost.cost_of_computed(*self.points, self.code), row, column)
 
     def product(self, potentials: Tensor, column: Side, z: Tensor) -> Tensor:
         """``E B z [B, n, k]``."""
         z = column.factors.unsqueeze(2).to(z.dtype) * z
         extended = potentials, column.extended
-        return point_plan(self._points, extended, column.epsilon, self._code, z=z, rows=True)[0]
+        return point_plan(self.points, extended, column.epsilon, self.code, z=z, rows=True)[0]
 
     def transposed_product(self, row: Side, potentials: Tensor, z: Tensor) -> Tensor:
         """``E^T A z [B, m, k]``."""
         u = row.factors.unsqueeze(2).to(z.dtype) * z
         extended = row.extended, potentials
-        return point_plan(self._points, extended, row.epsilon, self._code, u=u, columns=True)[1]
+        return point_plan(self.points, extended, row.epsilon, self.code, u=u, columns=True)[1]
 
     def total(self, row: Side, column: Side) -> Tensor:
         """``<P, C>``, ``[B]``."""
         z, extended = column.factors.unsqueeze(2).to(self.dtype), (row.extended, column.extended)
-        rows, *_ = point_plan(self._points, extended, row.epsilon, self._code, z=z, rows=True, times_cost=True)
+        rows, *_ = point_plan(self.points, extended, row.epsilon, self.code, z=z, rows=True, times_cost=True)
         return (row.factors * rows.squeeze(2)).sum(1)
 
     # ---- inside ----
 
     def _must_stream(self) -> bool:
-        x, y = self._points
+        x, y = self.points
         needed = x.shape[1] * y.shape[1] * x.element_size()
         if needed <= _HELD_BYTES:
             return False

@@ -133,23 +133,41 @@ def _potentials_backward(ctx: Any, grad_f: Tensor | None, grad_g: Tensor | None,
         torch.zeros_like(potentials) if gradient is None else gradient
         for gradient, potentials in ((grad_f, f), (grad_g, g))
     )
-    points, extended = (x.double(), y.double()), (row.extended, column.extended)
+    need_x, need_y, _, _, need_a, need_b, *_ = ctx.needs_input_grad
+    needs = Needs(need_x, need_y, need_a, need_b)
+    grad_x, grad_y, grad_a, grad_b = implicit_gradients((x, y), row, column, ctx.point_cost, grad_f, grad_g, needs)
+    return grad_x, grad_y, None, None, grad_a, grad_b, *nothing
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    y: bool
+    a: bool
+    b: bool
+
+
+def implicit_gradients(
+    points: Points, row: Side, column: Side, point_cost: int, grad_f: Tensor, grad_g: Tensor, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """By x, y, a and b, of what has these gradients by potentials that are a fixed point."""
+    x, y = points
+    epsilon, extended = row.epsilon, (row.extended, column.extended)
     row_factors, column_factors = row.factors, column.factors
     p, q = _solve_adjoint(
-        *(*points, *extended, epsilon, row_factors, column_factors, row.kappa, column.kappa, grad_f, grad_g),
-        *(ctx.point_cost, False),
+        *(x.double(), y.double(), *extended, epsilon, row_factors, column_factors, row.kappa, column.kappa),
+        *(grad_f, grad_g, point_cost, False),
     )
-    need_x, need_y, _, _, need_a, need_b, *_ = ctx.needs_input_grad
     u, z = torch.stack([p, row_factors], 2), torch.stack([column_factors, q], 2)
-    asked = {"rows": need_a, "columns": need_b, "by_x": need_x, "by_y": need_y}
-    rows, columns, by_x, by_y = point_plan(points, extended, epsilon, ctx.point_cost, u, z, **asked)
+    asked = {"rows": needs.a, "columns": needs.b, "by_x": needs.x, "by_y": needs.y}
+    rows, columns, by_x, by_y = point_plan((x.double(), y.double()), extended, epsilon, point_cost, u, z, **asked)
     grad_a = grad_b = None
-    if need_a:
+    if needs.a:
         grad_a = -epsilon.unsqueeze(1) * rows[..., 1] * _potentials.derivative_of_factors(row)
-    if need_b:
+    if needs.b:
         grad_b = -epsilon.unsqueeze(1) * columns[..., 0] * _potentials.derivative_of_factors(column)
-    grad_x, grad_y = (by_x.to(x.dtype) if need_x else None), (by_y.to(y.dtype) if need_y else None)
-    return grad_x, grad_y, None, None, grad_a, grad_b, *nothing
+    return (by_x.to(x.dtype) if needs.x else None), (by_y.to(y.dtype) if needs.y else None), grad_a, grad_b
 
 
 @_library.fake("sinkhorn_points")

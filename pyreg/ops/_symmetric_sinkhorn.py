@@ -6,6 +6,10 @@ themselves: operators without gradients.
     f'_i = -kappa eps log sum_j b_j exp((g_j - C_ij) / eps)        g'_j the same with the roles exchanged
     f <- (f + f') / 2                                              g <- (g + g') / 2
 
+Slopes are the gradients of the last f' and g', by kappa, each by its own point, the other potentials being constants:
+``slope_i = sum_j w_ij dC_ij / dx_i`` with the softmin's weights w. They are empty where they were not asked for, and
+where the kernel has none.
+
 Kernels: ``csrc/symmetric_sinkhorn``; on CUDA ``triton_kernels/symmetric_sinkhorn.py``, or torch's own operators, in
 panels of rows, where Triton is not there.
 """
@@ -13,6 +17,7 @@ panels of rows, where Triton is not there.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 from typing import Any
 
@@ -41,8 +46,10 @@ def plain(
     epsilons: list[float],
     rho: float,
     with_self: bool,
+    slope_x: bool = False,
+    slope_y: bool = False,
 ) -> tuple[Tensor, ...]:
-    """What ``pyreg::symmetric_sinkhorn`` gives."""
+    """What ``pyreg::symmetric_sinkhorn`` gives; without slopes."""
 
     def of_problem(
         points: tuple[Tensor, Tensor], logs: tuple[Tensor, Tensor]
@@ -65,12 +72,13 @@ def plain(
 
     log_a, log_b = a.log(), b.log()
     (f, g), (next_f, next_g) = of_problem((x, y), (log_a, log_b))
+    no_slopes = tuple(x.new_empty((0, 0, 0)) for _ in range(4))
     if not with_self:
         nothing = tuple(a.new_empty((0, 0)) for _ in range(4))
-        return f, g, nothing[0], nothing[1], next_f, next_g, nothing[2], nothing[3]
+        return f, g, nothing[0], nothing[1], next_f, next_g, nothing[2], nothing[3], *no_slopes
     (f_self, _), (next_f_self, _) = of_problem((x, x), (log_a, log_a))
     (g_self, _), (next_g_self, _) = of_problem((y, y), (log_b, log_b))
-    return f, g, f_self, g_self, next_f, next_g, next_f_self, next_g_self
+    return f, g, f_self, g_self, next_f, next_g, next_f_self, next_g_self, *no_slopes
 
 
 def plain_self(
@@ -103,7 +111,8 @@ def plain_self(
             new = kappa * new
             error_now = (a * (new - f).abs() / (kappa * eps)).sum(1)
         is_done = error <= tol
-        stepped = new if iteration == 0 else (f + new) / 2
+        # Where a point has no weight no other's potential follows its own: the error does not tell how far that is off.
+        stepped = new if iteration == 0 else torch.where(a > 0, (f + new) / 2, new)
         f = torch.where(is_done.unsqueeze(1), f, stepped)
         iterations += ~is_done
         error = torch.where(is_done, error, torch.where(current <= epsilon, error_now, torch.inf))
@@ -140,20 +149,15 @@ def _has_kernels() -> bool:
 
 
 def _on_cuda(*arguments: Any) -> tuple[Tensor, ...]:
-    return (_triton().symmetric_sinkhorn if _has_kernels() else plain)(*arguments)  # type: ignore[no-any-return]
+    if not _has_kernels():
+        return plain(*arguments)
+    points = arguments[0]
+    found = _triton().symmetric_sinkhorn(*arguments[:-2])
+    return *found, *(points.new_empty((0, 0, 0)) for _ in range(4))
 
 
 def _self_on_cuda(*arguments: Any) -> tuple[Tensor, ...]:
     return (_triton().symmetric_sinkhorn_self if _has_kernels() else plain_self)(*arguments)  # type: ignore[no-any-return]
-
-
-@_library.fake("symmetric_sinkhorn")
-def _fake(
-    x: Tensor, y: Tensor, point_cost: int, least_square: float, a: Tensor, b: Tensor, *options: Any
-) -> tuple[Tensor, ...]:
-    with_self = options[-1]
-    selves = (a, b) if with_self else (a.new_empty((0, 0)), a.new_empty((0, 0)))
-    return tuple(torch.empty_like(like) for like in (a, b, *selves) * 2)
 
 
 @_library.fake("symmetric_sinkhorn_self")
@@ -164,7 +168,6 @@ def _fake_self(x: Tensor, point_cost: int, a: Tensor, *_: Any) -> tuple[Tensor, 
 
 _library.implement("symmetric_sinkhorn", _on_cuda, ["CUDA"])
 _library.implement("symmetric_sinkhorn_self", _self_on_cuda, ["CUDA"])
-_library.vmap_into_batch("symmetric_sinkhorn")
 _library.vmap_into_batch("symmetric_sinkhorn_self")
 symmetric_sinkhorn = _library.operator("symmetric_sinkhorn")
 symmetric_sinkhorn_self = _library.operator("symmetric_sinkhorn_self")

@@ -23,6 +23,19 @@ class Progress(NamedTuple):
     tol: float
     max_iter: int
 
+    def warn(self, operator: str) -> None:
+        """Of problems that have not converged, unless all iterations were asked for, by a tolerance of 0."""
+        failed = ~(self.error <= self.tol)
+        if self.tol == 0 or not bool(failed.any()):
+            return
+        count = self.error.numel()
+        which = f"{int(failed.sum())} of {count} problems have" if count > 1 else "the iteration has"
+        _convergence.warn(
+            f"{operator}: {which} not converged: after {int(self.iterations.max())} iterations marginal_error is "
+            f"{self.error[failed].max().item():.2g}, above tol = {self.tol:g}; raise max_iter (here {self.max_iter}), "
+            "epsilon or tol, or pass epsilon_scaling=0.5"
+        )
+
 
 class Transport:
     r"""Entropic optimal transport between weights a and b, as :func:`pyreg.functional.sinkhorn` and
@@ -225,19 +238,6 @@ class Transport:
 
     def _look(self) -> None:
         """Warns, once, of problems that have not converged; not while tracing or inside of torch.func."""
-        if self._has_looked or not _library.can_read(self._progress.error):
-            return
-        self._has_looked = True
-        error, tol = self._progress.error, self._progress.tol
-        if tol == 0:  # all iterations were asked for, and made
-            return
-        failed = ~(error <= tol)
-        if not bool(failed.any()):
-            return
-        count = error.numel()
-        which = f"{int(failed.sum())} of {count} problems have" if count > 1 else "the iteration has"
-        _convergence.warn(
-            f"{self._operator}: {which} not converged: after {int(self._progress.iterations.max())} iterations "
-            f"marginal_error is {error[failed].max().item():.2g}, above tol = {tol:g}; raise max_iter "
-            f"(here {self._progress.max_iter}), epsilon or tol, or pass epsilon_scaling=0.5"
-        )
+        if not self._has_looked and _library.can_read(self._progress.error):
+            self._has_looked = True
+            self._progress.warn(self._operator)

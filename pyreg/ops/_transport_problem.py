@@ -54,6 +54,14 @@ def solve(
         like, name: the argument whose dtype and device the others must have.
         points: the columns', ``[B, m, d]``.
     """
+    row, column, progress = solve_sides(operator, cost, problems, options, like, name)
+    return Transport(operator, cost, row, column, progress, problems, points)
+
+
+def solve_sides(
+    operator: str, cost: DenseCost | PointCost, problems: Problems, options: Options, like: Tensor, name: str
+) -> tuple[Side, Side, Progress]:
+    """Rows and columns, and how far the iteration has come."""
     is_counting = _check_reference(operator, options.reference)
     max_iter, tol = _check_iterations(operator, options.max_iter, options.tol)
     arguments = _Arguments(operator, like, name)
@@ -75,8 +83,7 @@ def solve(
     row, column = Side(f, a, rho_a, epsilon, is_counting), Side(g, b, rho_b, epsilon, is_counting)
     shift = torch.where(must_hold, (row.sum(f) - column.sum(g)) / (a.sum(1) + b.sum(1)), 0).unsqueeze(1)
     row, column = row._replace(potentials=f - shift), column._replace(potentials=g + shift)
-    progress = Progress(error, iterations, tol, max_iter)
-    return Transport(operator, cost, row, column, progress, problems, points)
+    return row, column, Progress(error, iterations, tol, max_iter)
 
 
 class _Arguments:

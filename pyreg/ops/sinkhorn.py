@@ -114,7 +114,7 @@ def sinkhorn(
     batch = tuple(cost.shape[:-2])
     problems = Problems(batch, Entries((*batch, cost.shape[-2])), Entries((*batch, cost.shape[-1])))
     options = Options(*(a, b, epsilon, relative_epsilon, rho_a, rho_b, reference, max_iter, tol, epsilon_scaling, init))
-    inside = _computed(cost).reshape(-1, *cost.shape[-2:]).contiguous()
+    inside = computed(cost).reshape(-1, *cost.shape[-2:]).contiguous()
     return solve("sinkhorn", DenseCost(inside), problems, options, cost, "cost")
 
 
@@ -180,21 +180,25 @@ def sinkhorn_points(
         >>> pyreg.functional.sinkhorn_points(x, y, epsilon=0.1).value.backward()
     """
     operator = "sinkhorn_points"
-    if cost not in _pairwise_cost.COSTS:
-        raise ValueError(f"{operator}: expected cost to be 'sqeuclidean', 'euclidean' or 'cosine', got {cost!r}")
-    if streaming is not None and not isinstance(streaming, bool):
-        raise TypeError(f"{operator}: expected streaming to be True, False or None, got {streaming!r}")
-    _check_points(operator, x, y)
-    problems = _problems_of_points(operator, x, y, x_offsets, y_offsets)
+    check_options_of_points(operator, cost, streaming)
+    check_points(operator, x, y)
+    problems = problems_of_points(operator, x, y, x_offsets, y_offsets)
     options = Options(*(a, b, epsilon, relative_epsilon, rho_a, rho_b, reference, max_iter, tol, epsilon_scaling, init))
-    points = problems.rows.inside(_computed(x)), problems.columns.inside(_computed(y))
+    points = problems.rows.inside(computed(x)), problems.columns.inside(computed(y))
     return solve(operator, PointCost(*points, cost, problems, streaming), problems, options, x, "x", points[1])
 
 
 # ---- arguments ----
 
 
-def _computed(tensor: Tensor) -> Tensor:
+def check_options_of_points(operator: str, cost: str, streaming: bool | None) -> None:
+    if cost not in _pairwise_cost.COSTS:
+        raise ValueError(f"{operator}: expected cost to be 'sqeuclidean', 'euclidean' or 'cosine', got {cost!r}")
+    if streaming is not None and not isinstance(streaming, bool):
+        raise TypeError(f"{operator}: expected streaming to be True, False or None, got {streaming!r}")
+
+
+def computed(tensor: Tensor) -> Tensor:
     """In the dtype that is computed in."""
     return tensor.float() if tensor.dtype.itemsize == 2 else tensor
 
@@ -206,7 +210,7 @@ def _check_device(operator: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_points(operator: str, x: Tensor, y: Tensor) -> None:
+def check_points(operator: str, x: Tensor, y: Tensor) -> None:
     for name, points, symbol in (("x", x, "n"), ("y", y, "m")):
         _library.check_float(operator, name, points)
         _check_device(operator, name, points)
@@ -233,7 +237,7 @@ def _check_points(operator: str, x: Tensor, y: Tensor) -> None:
         )
 
 
-def _problems_of_points(
+def problems_of_points(
     operator: str, x: Tensor, y: Tensor, x_offsets: Offsets | None, y_offsets: Offsets | None
 ) -> Problems:
     if x_offsets is None and y_offsets is None:
