@@ -288,6 +288,7 @@ class Problem {
     for (int64_t first = 0; first < others.side.count; first += kLanes<A>) {
       store(costs, cost.at({point}, first));
       for (int64_t j = first; j < std::min(first + kLanes<A>, others.side.count); ++j) {
+        if (others.side.weights[j] == 0) continue;  // whose exponential may be infinite
         const double c = static_cast<double>(costs[j - first]);
         const double e = others.side.weights[j] *
                          std::exp(static_cast<double>(others.scaled.get()[j]) * kLn2 - c / epsilon_ - log_sum);
@@ -300,6 +301,7 @@ class Problem {
     }
     A* const to = static_cast<A*>(points.side.slopes) + i * d;
     for (int64_t k = 0; k < d; ++k) to[k] = static_cast<A>((kCost == PointCost::sqeuclidean ? 2 : 1) * slope[k]);
+    points.sums.get()[i] = 0;  // what others' sums hold of it does not count
     points.side.sums[i] = 0;
   }
 
@@ -308,7 +310,7 @@ class Problem {
   void set_slopes(const Points<A>& points) const {
     const SymmetricSide& side = points.side;
     for (int64_t i = 0; i < side.count; ++i) {
-      if (!is_sound(points.sums.get()[i])) continue;  // found one by one
+      if (points.sums.get()[i] == 0) continue;  // found one by one
       side.sums[i] = static_cast<double>(points.sums.get()[i]);
       if constexpr (kDimension > 0) {
         for (int64_t k = 0; k < kDimension; ++k) {

@@ -157,7 +157,7 @@ def _on_cuda(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _self_on_cuda(*arguments: Any) -> tuple[Tensor, ...]:
-    return (_triton().symmetric_sinkhorn_self if _has_kernels() else plain_self)(*arguments)  # type: ignore[no-any-return]
+    return (_triton().symmetric_sinkhorn_self if _has_kernels() else plain_self)(*arguments)
 
 
 @_library.fake("symmetric_sinkhorn_self")

@@ -64,7 +64,7 @@ def _diameter(x: Tensor, y: Tensor) -> float:
     if len(x) == 0 or len(y) == 0:
         return 0.0
     most, least = torch.maximum(x.amax(0), y.amax(0)), torch.minimum(x.amin(0), y.amin(0))
-    return torch.linalg.vector_norm(most - least).item()
+    return float(torch.linalg.vector_norm(most - least).item())
 
 
 # ---- the operator ----
@@ -95,16 +95,13 @@ def _found(
     )
     potentials, following, slopes = found[:4], found[4:8], list(found[8:])
     if (need_x or need_y) and all(slope.numel() == 0 for slope in slopes):
-        of_x, of_y = _Side(x, a, potentials[0], following[0] / kappa), _Side(y, b, potentials[1], following[1] / kappa)
-        sides = [(of_x, of_y, need_x), (of_y, of_x, need_y)]
-        if debias:
-            selves = (
-                _Side(x, a, potentials[2], following[2] / kappa),
-                _Side(y, b, potentials[3], following[3] / kappa),
-            )
-            sides += [(side, side, is_needed) for side, is_needed in zip(selves, (need_x, need_y), strict=True)]
-        for index, (side, others, is_needed) in enumerate(sides):
-            if is_needed:
+        of_x, of_y, x_alone, y_alone = (
+            _Side(points, weights, old, new / kappa)
+            for points, weights, old, new in zip((x, y) * 2, (a, b) * 2, potentials, following, strict=True)
+        )
+        sides = (of_x, of_y), (of_y, of_x), (x_alone, x_alone), (y_alone, y_alone)
+        for index, (side, others) in enumerate(sides[: 4 if debias else 2]):
+            if (need_x, need_y)[index % 2]:
                 slopes[index] = _slopes(side, others, cost, epsilon)
     return *(new / unit for new in following), *(slope.mul_(kappa / unit) for slope in slopes)
 
@@ -293,16 +290,13 @@ def _samples(arguments: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Ten
     sinkhorn.check_points(_NAME, x, y)
     if x.dim() not in (2, 3):
         raise ValueError(f"{_NAME}: expected x of shape [n, d] or [B, n, d], got {list(x.shape)}")
-    clouds = {"a": x, "b": y}
     if len(arguments) == 2:
-        weights = [points.new_full(points.shape[:-1], 1 / points.shape[-2]) for points in clouds.values()]
+        a, b = (points.new_full(points.shape[:-1], 1 / points.shape[-2]) for points in (x, y))
     else:
-        weights = [
-            _weights(name, given, points) for (name, points), given in zip(clouds.items(), arguments[::2], strict=True)
-        ]
+        a, b = _weights("a", arguments[0], x), _weights("b", arguments[2], y)
     if x.dim() == 3:
-        return x, y, *weights, True
-    return x.unsqueeze(0), y.unsqueeze(0), weights[0].unsqueeze(0), weights[1].unsqueeze(0), False
+        return x, y, a, b, True
+    return x.unsqueeze(0), y.unsqueeze(0), a.unsqueeze(0), b.unsqueeze(0), False
 
 
 def _weights(name: str, weights: Tensor, points: Tensor) -> Tensor:

@@ -117,24 +117,29 @@ def _penalty(rho: float | None) -> float:
 
 def _self_values(
     points: tuple[Tensor, Tensor], sides: tuple[Side, Side], problems: Problems, code: int, progress: Progress
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor]:
     """``[B]`` each. Clouds of as many points are one batch: small problems share the threads, or a launch."""
-    clouds = [
-        (x.contiguous(), side.weights, side.rho, side.epsilon, padding)
-        for x, side, padding in zip(points, sides, (problems.rows.padding, problems.columns.padding), strict=True)
-    ]
-    is_one_batch = clouds[0][0].shape == clouds[1][0].shape and clouds[0][4] is None and clouds[1][4] is None
-    if is_one_batch:
-        (x, *of_x, _), (y, *of_y, _) = clouds
-        both = (None if one is None else torch.cat([one, other]) for one, other in zip(of_x, of_y, strict=True))
-        clouds = [(torch.cat([x, y]), *both, None)]
-    values = []
-    for x, a, rho, epsilon, padding in clouds:
-        # The averaged step halves the error at least: no stages of epsilon.
-        f, error, iterations = self_potentials(
-            *(x, a, rho, epsilon, epsilon, 0.5, code, progress.max_iter, progress.tol, padding)
-        )
-        if _library.can_read(error):
-            Progress(error, iterations, progress.tol, progress.max_iter).warn(_NAME)
-        values.append(self_value(x, a, f, rho, epsilon, code))
-    return list(values[0].chunk(2)) if is_one_batch else values
+    (x, y), (row, column) = points, sides
+    row_padding, column_padding = problems.rows.padding, problems.columns.padding
+    if x.shape == y.shape and row_padding is None and column_padding is None:
+        both = torch.cat([row.weights, column.weights])
+        rho = None if row.rho is None or column.rho is None else torch.cat([row.rho, column.rho])
+        side = Side(both, both, rho, torch.cat([row.epsilon, column.epsilon]), is_counting=False)
+        of_x, of_y = _self_value(torch.cat([x, y]), side, None, code, progress).chunk(2)
+        return of_x, of_y
+    return (
+        _self_value(x, row, row_padding, code, progress),
+        _self_value(y, column, column_padding, code, progress),
+    )
+
+
+def _self_value(x: Tensor, side: Side, padding: Tensor | None, code: int, progress: Progress) -> Tensor:
+    """``[B]``; the side's potentials are not those."""
+    a, rho, epsilon, x = side.weights, side.rho, side.epsilon, x.contiguous()
+    # The averaged step halves the error at least: no stages of epsilon.
+    f, error, iterations = self_potentials(
+        x, a, rho, epsilon, epsilon, 0.5, code, progress.max_iter, progress.tol, padding
+    )
+    if _library.can_read(error):
+        Progress(error, iterations, progress.tol, progress.max_iter).warn(_NAME)
+    return self_value(x, a, f, rho, epsilon, code)  # type: ignore[no-any-return]
