@@ -291,7 +291,7 @@ def _samples(arguments: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Ten
     if x.dim() not in (2, 3):
         raise ValueError(f"{_NAME}: expected x of shape [n, d] or [B, n, d], got {list(x.shape)}")
     if len(arguments) == 2:
-        a, b = (points.new_full(points.shape[:-1], 1 / points.shape[-2]) for points in (x, y))
+        a, b = (points.new_full(points.shape[:-1], 1 / points.shape[-2], dtype=torch.float64) for points in (x, y))
     else:
         a, b = _weights("a", arguments[0], x), _weights("b", arguments[2], y)
     if x.dim() == 3:
