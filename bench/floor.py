@@ -1,4 +1,5 @@
-"""Floors: the time that the bare memory traffic of an operator takes on this machine, measured like any contender.
+"""Floors: the time that the bare memory traffic of an operator, or its bare arithmetic, takes on this machine, measured
+like any contender.
 
 Each function takes tensors and returns the call to be timed, with all set-up done.
 """
@@ -75,6 +76,16 @@ def update(inputs: Sequence[Tensor], updated: Sequence[Tensor]) -> Callable[[], 
     return call
 
 
+def exponentials(count: int) -> Callable[[], None]:
+    """As many of float32, on all cores."""
+    library, threads = _library(), core_count()
+
+    def call() -> None:
+        library.exponentials(count, threads)
+
+    return call
+
+
 def device_copy(moved_bytes: int, device: str) -> Callable[[], None]:
     """A copy within the memory of a GPU that moves as many bytes, reads and writes counted together."""
     source = torch.randint(256, (moved_bytes // 2,), dtype=torch.uint8, device=device)
@@ -131,4 +142,6 @@ def _library() -> ctypes.CDLL:
     library.copy_spans_to_fresh_memory.restype = ctypes.c_int
     library.update_spans.argtypes = [spans, spans, count, threads, ctypes.c_uint64]
     library.update_spans.restype = None
+    library.exponentials.argtypes = [count, threads]
+    library.exponentials.restype = ctypes.c_float
     return library

@@ -6,6 +6,7 @@ import csv
 import math
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from bench import (
     bench_info_nce,
     bench_orthograd,
     bench_sinkhorn,
+    bench_sinkhorn_divergence,
     bench_stablemax,
     bench_supcon,
     floor,
@@ -32,6 +34,7 @@ from bench import (
     targets,
 )
 from bench.harness import Contender, Measurement, Workload
+from pyreg.nn import SamplesLoss
 from pyreg.reference.conr import conr_loss
 from pyreg.reference.info_nce import info_nce
 from pyreg.reference.supcon import supcon_loss
@@ -488,3 +491,32 @@ class TestSinkhorn:
         torch.testing.assert_close(values[1], values[0], **accuracy)
         for found, expected in zip(*(torch.autograd.grad(value, (x, y)) for value in values[::-1]), strict=True):
             torch.testing.assert_close(found, expected, **accuracy)
+
+
+class TestSinkhornDivergence:
+    @pytest.mark.skipif(not bench_sinkhorn_divergence.HAS_GEOMLOSS, reason="geomloss is not installed")
+    def test_geomloss_has_our_value_and_gradients(self) -> None:
+        """Of the points' own diameter, with the epsilons that the floor counts, to two."""
+        x, y = (torch.rand(count, 3, dtype=torch.float64, requires_grad=True) for count in (40, 50))
+        ours = bench_sinkhorn_divergence.contenders(3, smoke=True)[0].prepare((x, y))()
+        (theirs,) = (
+            contender.prepare((x, y))()
+            for contender in bench_sinkhorn_divergence.contenders(3, smoke=True)
+            if contender.name == bench_sinkhorn_divergence.TENSORIZED
+        )
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+    def test_the_other_way_finds_as_much(self) -> None:
+        x, y = (torch.rand(count, 3, dtype=torch.float64) for count in (40, 50))
+        loss = SamplesLoss(blur=bench_sinkhorn_divergence.BLUR, scaling=0.97)(x, y)
+        exact = bench_sinkhorn_divergence.divergence(x, y)
+        assert exact.item() == pytest.approx(loss.item(), rel=5e-2)
+
+    def test_exponentials_take_time_by_their_number(self) -> None:
+        def best_of(count: int) -> float:
+            call = floor.exponentials(count)
+            call()
+            return min(timeit.repeat(call, number=1, repeat=5))
+
+        assert best_of(1 << 26) > 4 * best_of(1 << 22)

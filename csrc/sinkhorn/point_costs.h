@@ -64,13 +64,19 @@ void fill_costs(const PointsCost<A, kCost, kDimension>& cost, int64_t first, A* 
   }
 }
 
-// Points [count, dimension] as `y` above: transposed, and padded by 0.
+// Points [count, dimension] as `y` above: transposed, and padded by 0. Some points at a time, which the first-level
+// cache holds until the last of their coordinates has been taken.
 template <typename A>
 void transpose_points(const A* points, int64_t count, int64_t dimension, int64_t stride, A* to) {
+  constexpr int64_t kPoints = 16;
+  for (int64_t first = 0; first < count; first += kPoints) {
+    const int64_t end = first + kPoints < count ? first + kPoints : count;
+    for (int64_t k = 0; k < dimension; ++k) {
+      for (int64_t j = first; j < end; ++j) to[k * stride + j] = points[j * dimension + k];
+    }
+  }
   for (int64_t k = 0; k < dimension; ++k) {
-    A* const coordinate = to + k * stride;
-    for (int64_t j = 0; j < count; ++j) coordinate[j] = points[j * dimension + k];
-    for (int64_t j = count; j < stride; ++j) coordinate[j] = 0;
+    for (int64_t j = count; j < stride; ++j) to[k * stride + j] = 0;
   }
 }
 

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -51,13 +52,12 @@ template <typename A>
 struct Points {
   Points(const SymmetricSide& side, int64_t dimension)
       : side(side),
+        dimension(dimension),
         stride((side.count + kSymmetricPadding - 1) / kSymmetricPadding * kSymmetricPadding),
-        coordinates(dimension * stride),
         weights(stride),
         scaled(stride),
         sums(stride),
         next(stride) {
-    transpose_points(points(), side.count, dimension, stride, coordinates.get());
     for (int64_t i = 0; i < stride; ++i) {
       weights.get()[i] = i < side.count ? static_cast<A>(side.weights[i]) : A(0);
       sums.get()[i] = 1;
@@ -67,6 +67,15 @@ struct Points {
 
   const A* points() const { return static_cast<const A*>(side.points); }
 
+  // [dimension, stride]; made when they are first asked for: those of rows seldom are.
+  const A* coordinates() {
+    if (transposed == nullptr) {
+      transposed = std::make_unique<Scratch<A>>(dimension * stride);
+      transpose_points(points(), side.count, dimension, stride, transposed->get());
+    }
+    return transposed->get();
+  }
+
   void scale(double per_unit) {
     for (int64_t i = 0; i < stride; ++i) {
       scaled.get()[i] = i < side.count ? static_cast<A>(side.potentials[i] * per_unit) : A(0);
@@ -74,12 +83,12 @@ struct Points {
   }
 
   SymmetricSide side;
-  int64_t stride;
-  Scratch<A> coordinates;  // [dimension, stride]
-  Scratch<A> weights;      // 0 as padding
-  Scratch<A> scaled;       // potentials in units of eps ln 2
-  Scratch<A> sums;         // of E with the other side's weights
-  Scratch<double> next;    // f'
+  int64_t dimension, stride;
+  std::unique_ptr<Scratch<A>> transposed;
+  Scratch<A> weights;    // 0 as padding
+  Scratch<A> scaled;     // potentials in units of eps ln 2
+  Scratch<A> sums;       // of E with the other side's weights
+  Scratch<double> next;  // f'
 };
 
 template <typename A, PointCost kCost, int64_t kDimension>
@@ -95,7 +104,7 @@ class Problem {
         stride_(column_.stride),
         panels_((n_ + kPanelRows<A> - 1) / kPanelRows<A>),
         blocks_(block_count(problem)),
-        cost_{args.dimension, stride_, row_.points(), column_.coordinates.get(), static_cast<A>(args.least_square)},
+        cost_{args.dimension, stride_, row_.points(), column_.coordinates(), static_cast<A>(args.least_square)},
         held_(n_, column_.side.count, problem.is_self),
         costs_(kDimension == 0 && problem.held == nullptr ? blocks_ * kPanelRows<A> * stride_ : 0),
         partial_(blocks_ * stride_),
@@ -260,7 +269,8 @@ class Problem {
     if (!problem_.is_self) find_lost(column_, row_);
   }
 
-  void find_lost(const Points<A>& points, const Points<A>& others) {
+  void find_lost(const Points<A>& points, Points<A>& others) {
+    others.coordinates();
     std::vector<int64_t> lost;
     for (int64_t i = 0; i < points.side.count; ++i) {
       if (!is_sound(points.sums.get()[i])) lost.push_back(i);
@@ -330,7 +340,7 @@ class Problem {
   static bool is_sound(A sum) { return sum >= 1 / kWidest<A> && sum <= kWidest<A>; }
 
   PointsCost<A, kCost, kDimension> cost_from(const A* point, const Points<A>& others) const {
-    return {args_.dimension, others.stride, point, others.coordinates.get(), static_cast<A>(args_.least_square)};
+    return {args_.dimension, others.stride, point, others.transposed->get(), static_cast<A>(args_.least_square)};
   }
 
   // log sum_j b_j exp((g_j - C_j) / eps)

@@ -1,0 +1,105 @@
+"""The debiased Sinkhorn loss between points: value and both gradients, of points uniform in the unit cube.
+
+nn.SamplesLoss is timed beside geomloss with its own options: the same epsilons, the same values. `sinkhorn_divergence`,
+which works to a tolerance, is asked for a thousandth of the mass, and stands beside them.
+
+The floor is one exponential for every pair, of x and y, and of halves among x and among y, and iteration; in many
+dimensions also the products that costs and slopes are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import pyreg.functional
+from pyreg.nn import SamplesLoss
+from pyreg.reference import sinkhorn_divergence as reference
+
+from . import floor
+from .bench_sinkhorn import gradients
+from .harness import FLOOR, OURS, Call, Contender, Inputs, Workload
+
+OPERATOR = "sinkhorn_divergence"
+
+BLUR, SCALING = 0.05, 0.5
+TENSORIZED, ONLINE, BY_TOLERANCE = "geomloss tensorized", "geomloss online", "sinkhorn_divergence"
+HAS_GEOMLOSS, HAS_KEOPS = (importlib.util.find_spec(name) is not None for name in ("geomloss", "pykeops"))
+
+# In more dimensions costs are products; in fewer they are formed beside the exponentials.
+MOST_DIRECT = 3
+
+
+def steps(dimension: int) -> list[float]:
+    """Epsilons of points that fill the unit cube."""
+    return reference.epsilons(2, math.sqrt(dimension), BLUR, SCALING)
+
+
+def geomloss(x: Tensor, y: Tensor, backend: str) -> Tensor:
+    from geomloss import SamplesLoss
+
+    return SamplesLoss("sinkhorn", p=2, blur=BLUR, scaling=SCALING, backend=backend)(x, y)  # type: ignore[no-any-return]
+
+
+def divergence(x: Tensor, y: Tensor) -> Tensor:
+    return pyreg.functional.sinkhorn_divergence(x, y, epsilon=2 * BLUR**2, epsilon_scaling=SCALING, tol=1e-3) / 2
+
+
+def floor_of(x: Tensor, y: Tensor) -> Callable[[], None]:
+    n, m, d = len(x), len(y), x.shape[1]
+    pairs = n * m + (n * n + m * m) // 2
+    calls = [floor.exponentials(pairs * (len(steps(d)) + 2))]
+    if d > MOST_DIRECT:
+        plan = torch.rand(n, m)
+        with torch.no_grad():
+            x, y = x.detach(), y.detach()
+            products = [(x, y.mT), (plan, y), (plan.mT, x)]  # and half of a cost each, and a slope each, for x and y
+            outs = [torch.empty(a.shape[0], b.shape[1]) for a, b in products]
+
+        def multiply() -> None:
+            for (a, b), out in zip(products, outs, strict=True):
+                torch.mm(a, b, out=out)
+
+        calls += [multiply, multiply]
+    return floor.in_sequence(*calls)
+
+
+def contenders(d: int, smoke: bool) -> list[Contender]:
+    def of(name: str, value: Callable[..., Tensor], slow: bool = False, **options: str) -> Contender:
+        return Contender(name, gradients(lambda x, y: value(x, y, **options)), slow=slow)
+
+    def by_floor(inputs: Inputs) -> Call:
+        return floor_of(*inputs)
+
+    found = [of(OURS, SamplesLoss("sinkhorn", p=2, blur=BLUR, scaling=SCALING)), of(BY_TOLERANCE, divergence)]
+    if HAS_GEOMLOSS or not smoke:
+        found.append(of(TENSORIZED, geomloss, slow=True, backend="tensorized"))
+    if (HAS_GEOMLOSS and HAS_KEOPS) or not smoke:
+        found.append(of(ONLINE, geomloss, slow=True, backend="online"))
+    return [*found, Contender(FLOOR, by_floor)]
+
+
+def workloads(device: str, smoke: bool = False) -> list[Workload]:
+    if device == "cuda":
+        return []
+    return [_points(n, d, smoke) for n, d in ((5000, 3), (2000, 64), (256, 2))]
+
+
+def _points(n: int, d: int, smoke: bool) -> Workload:
+    count = 64 if smoke else n
+
+    def make_inputs(generator: torch.Generator) -> Inputs:
+        x, y = (torch.rand(count, d, generator=generator).requires_grad_() for _ in range(2))
+        return x, y
+
+    name = f"{n}x{d}"
+    found = contenders(d, smoke)
+    return Workload(OPERATOR, name, "float32", "cpu", make_inputs, found, cached=True, resident=True)
+
+
+def test_speed(measure: Callable[[], None]) -> None:
+    measure()
