@@ -308,6 +308,7 @@ def update_kernel(
     tolerance: tl.float64,
     HAS_PAIR: tl.constexpr,
     HAS_OWN: tl.constexpr,
+    SLOTS: tl.constexpr,
     COST: tl.constexpr,
     DIRECT: tl.constexpr,
     FEATURES: tl.constexpr,
@@ -352,9 +353,10 @@ def update_kernel(
     scale = LOG2_E / epsilon
     least = _number(least)
     places = batch.to(tl.int64) * (n_x + n_y) * (2 if HAS_PAIR and HAS_OWN else 1)
-    total = tl.zeros((ROWS,), tl.float64)
-    for slot in range(tl.where(is_x == is_own, x_groups, y_groups)):
-        total += tl.load(partial_ptr + slot * places + row_at, mask=row_exists, other=1.0).to(tl.float64)
+    slots = tl.arange(0, SLOTS)
+    filled = (slots < tl.where(is_x == is_own, x_groups, y_groups))[:, None] & row_exists[None, :]
+    parts = tl.load(partial_ptr + slots.to(tl.int64)[:, None] * places + row_at[None, :], mask=filled, other=0.0)
+    total = tl.sum(parts.to(tl.float64), 0)
     weight = tl.load(weights_ptr + row_at, mask=row_exists, other=1.0)
     is_trusted = (total > 1e-30) & (total < tl.where(weight == 0.0, 1e3, 1e30))
     log_total = tl.log2(tl.where(is_trusted, total, 1.0))
@@ -510,8 +512,11 @@ class _Iteration:
         self.clouds, self.rhos = clouds, rhos
         self.least, self.rho = math.sqrt(least_square), rho
         self.epsilon_factor, self.tolerance = epsilon_factor, tolerance
-        tiles = _tiles(clouds.points)
-        self.constants = clouds.points.constants(tiles) | {"HAS_PAIR": clouds.n_y > 0, "HAS_OWN": clouds.has_own}
+        problems = {"HAS_PAIR": clouds.n_y > 0, "HAS_OWN": clouds.has_own}
+        tiles, update_tiles = _tiles(clouds.points), clouds.points.tiles(is_plan=True)
+        self.constants = clouds.points.constants(tiles) | problems
+        slots = triton.next_power_of_2(_MOST_GROUPS if clouds.values.is_cuda else _EMULATED_GROUPS)
+        self.update_constants = clouds.points.constants(update_tiles) | problems | {"SLOTS": slots}
         self.sizes = (clouds.n_x, clouds.n_y)
         self.groups, self.group_sizes = zip(*(_groups(clouds, n, tiles.rows) for n in self.sizes), strict=True)
         self.row_blocks = [triton.cdiv(n, tiles.rows) for n in self.sizes]
@@ -552,7 +557,7 @@ class _Iteration:
             self.least,
             self.epsilon_factor,
             self.tolerance,
-            **self.constants,
+            **self.update_constants,
         )
         self.potentials, self.before = self.before, self.potentials
 
@@ -646,7 +651,8 @@ def symmetric_sinkhorn_self(
 
 
 def _tiles(points: Points) -> Tiles:
-    """Of direct tiles those whose sums over rows meet in fewer threads."""
+    """Of sums; updates, which seldom take tiles, have those of the plan, of as many rows. Of direct tiles those whose
+    sums over rows meet in fewer threads."""
     return points.tiles(is_plan=points.is_direct)
 
 
@@ -663,8 +669,11 @@ def _groups(clouds: _Clouds, count: int, rows: int) -> tuple[int, int]:
 def _variants() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, dtype, cost, features in NAMED_POINTS:
-        is_direct = ahead_of_time(name, dtype, cost, features, is_plan=False)[1]["DIRECT"]
-        types, constants, options = ahead_of_time(name, dtype, cost, features, is_plan=is_direct)
+        types, constants, options = ahead_of_time(name, dtype, cost, features, is_plan=False)
+        _, of_update, update_options = ahead_of_time(name, dtype, cost, features, is_plan=True)
+        is_direct = constants["DIRECT"]
+        if is_direct:
+            constants, options = of_update, update_options
         number = "fp64" if dtype == torch.float64 else "fp32"
         types |= dict.fromkeys(("points_ptr", "partial_ptr"), f"*{number}:16")
         doubles = ("halves", "weights", "potentials", "new_potentials", "rhos", "epsilons", "next_epsilons")
@@ -672,16 +681,18 @@ def _variants() -> dict[str, Any]:
         types |= {f"{key}_ptr": "*fp64:16" for key in doubles}
         types |= {"counts_ptr": "*i32:16", "iterations_ptr": "*i64:16"} | dict.fromkeys(_COUNTS, "i32")
         types |= dict.fromkeys(("epsilon", "rho", "least", "epsilon_factor", "tolerance"), "fp64")
-        constants |= {"halves_ptr": None} if is_direct else {}
         # Of three problems in one launch, epsilon a number, or of points with themselves, a batch of them.
         of_own = ("rhos", "epsilons", "next_epsilons", "last_epsilons", "errors", "new_errors", "iterations", "counts")
         forms = {"": {"HAS_PAIR": True, "HAS_OWN": True} | {f"{key}_ptr": None for key in of_own}}
         if name in ("sqeuclidean 64 tf32x3", "sqeuclidean 3"):
             forms[" self"] = {"HAS_PAIR": False, "HAS_OWN": True}
         for form, of_form in forms.items():
-            for kernel, step in ((sums_kernel, "sums"), (update_kernel, "update")):
-                known = {key: value for key, value in (constants | of_form).items() if key in kernel.arg_names}
-                found[f"symmetric_sinkhorn{form} {step} {name}"] = kernel, types, known, options, EVERY
+            of_form |= {"halves_ptr": None} if is_direct else {}
+            of_form |= {"SLOTS": _MOST_GROUPS}
+            steps = (("sums", sums_kernel, constants, options), ("update", update_kernel, of_update, update_options))
+            for step, kernel, of_points, of_launch in steps:
+                known = {key: value for key, value in (of_points | of_form).items() if key in kernel.arg_names}
+                found[f"symmetric_sinkhorn{form} {step} {name}"] = kernel, types, known, of_launch, EVERY
     return found
 
 
