@@ -52,13 +52,7 @@ def _load_potentials(side, at, exists, scale, TOTAL: tl.constexpr):
     potential = tl.load(potentials_ptr + at, mask=exists, other=float("-inf"))
     if halves_ptr is not None:
         potential -= tl.load(halves_ptr + at, mask=exists, other=0.0)
-    return _in_two(potential * scale, TOTAL)
-
-
-@triton.jit
-def _in_two(exact, TOTAL: tl.constexpr):
-    """A number and what that leaves."""
-    exact = tl.maximum(exact, tl.full((), NOTHING, tl.float64), propagate_nan=tl.PropagateNan.ALL)
+    exact = tl.maximum(potential * scale, tl.full((), NOTHING, tl.float64), propagate_nan=tl.PropagateNan.ALL)
     high = exact.to(TOTAL)
     return high, (exact - high.to(tl.float64)).to(TOTAL)
 

@@ -41,6 +41,7 @@ On an H100, by count, at d = 64: @TIMES@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -56,11 +57,8 @@ from pyreg.triton_kernels._point_kernels import (
     LN_2,
     LOG2_E,
     NOTHING,
-    _exponents,
     _factor,
-    _in_two,
     _load_points,
-    _load_potentials,
     _pairs,
 )
 from pyreg.triton_kernels._points import EVERY, NAMED_POINTS, Points, Side, Tiles, ahead_of_time, prepare
@@ -73,6 +71,9 @@ _BETWEEN_CHECKS = 16
 # would not be worth its program. Neither depends on the batch, and so do no sums.
 _MOST_GROUPS, _LEAST_TILES = 32, 2
 _EMULATED_GROUPS, _EMULATED_LEAST = 3, 1
+
+# A unit of exponents has so many steps.
+_STEPS = tl.constexpr(2.0**9)
 
 # Errors that are added at a time.
 _ERRORS = tl.constexpr(256)
@@ -129,6 +130,17 @@ def _triangle(index):
 
 
 @triton.jit
+def _in_steps(exact, TOTAL: tl.constexpr):
+    """A whole number of steps, of which two have an exact sum while that is below 2^14, and what that leaves."""
+    exact = tl.maximum(exact, tl.full((), NOTHING, tl.float64), propagate_nan=tl.PropagateNan.ALL)
+    steps = tl.floor(exact * _STEPS + 0.5) * (1.0 / _STEPS)
+    # Of infinity nothing is left.
+    high = tl.where(tl.abs(exact) < -NOTHING, steps, exact).to(TOTAL)
+    low = tl.where(tl.abs(exact) < -NOTHING, exact - high.to(tl.float64), 0.0)
+    return high, low.to(TOTAL)
+
+
+@triton.jit
 def _tile(
     side,
     row,
@@ -156,16 +168,23 @@ def _tile(
     )  # fmt: skip
     if COST == EUCLIDEAN:
         pairs = tl.maximum(pairs, least.to(TOTAL), propagate_nan=tl.PropagateNan.ALL)
-    return _exponents(row, column, pairs, _factor(scale, COST, DIRECT).to(TOTAL), TOTAL)
+    factor = _factor(scale, COST, DIRECT).to(TOTAL)
+    return ((row[0][:, None] + column[0][None, :]) + pairs * factor) + (row[1][:, None] + column[1][None, :])
+
+
+@triton.jit
+def _load_steps(highs_ptr, lows_ptr, at, exists):
+    high = tl.load(highs_ptr + at, mask=exists, other=NOTHING)
+    return high, tl.load(lows_ptr + at, mask=exists, other=0.0)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def sums_kernel(
     points_ptr,  # [places, n_features]
-    halves_ptr,  # [places] float64: p, or None
-    weights_ptr,  # [places] float64
+    highs_ptr,  # [places]: F' in whole steps
+    lows_ptr,  # [places]: what that leaves
+    weights_ptr,  # [places]
     counts_ptr,  # [4, B] int32: beyond so many points there is only padding; or None
-    potentials_ptr,  # [places] float64
     epsilons_ptr,  # [B] float64, or None: epsilon
     errors_ptr,  # [B, row blocks] float64, or None: problems whose error is within the tolerance are done
     partial_ptr,  # [slots, places] receives the sums of each block
@@ -232,7 +251,7 @@ def sums_kernel(
     epsilon = _number(epsilon) if epsilons_ptr is None else tl.load(epsilons_ptr + problem)
     scale = LOG2_E / epsilon
     least = _number(least)
-    side = points_ptr, halves_ptr, potentials_ptr, n_rows
+    side = points_ptr, None, None, n_rows
 
     for start in range(first_column, end_column, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
@@ -243,11 +262,10 @@ def sums_kernel(
         row_exists = rows < n_rows
         row_at = row_begin + rows
         row_tile = _load_points(side, row_at, row_exists, 0, n_features, DEPTH) if WHOLE else row_at
-        row = _load_potentials(side, row_at, row_exists, scale, TOTAL)
+        row = _load_steps(highs_ptr, lows_ptr, row_at, row_exists)
         row_weight = tl.load(weights_ptr + row_at, mask=row_exists, other=0.0)
         weightless = tl.full((), 1000.0 if tl.float64 == TOTAL else 127.0, TOTAL)
-        most = tl.where(row_weight == 0.0, weightless, float("inf")).to(TOTAL)
-        row_weight = row_weight.to(TOTAL)
+        most = tl.where(row_weight == 0.0, weightless, float("inf"))
         total = tl.zeros((ROWS, COLUMNS), TOTAL)
         # Columns of the tile's own square have been, or will be, among its rows.
         begin = tl.where(is_diagonal, first, first_column)
@@ -257,8 +275,8 @@ def sums_kernel(
             columns = start + tl.arange(0, COLUMNS)
             column_exists = columns < n_columns
             column_at = column_begin + columns
-            column = _load_potentials(side, column_at, column_exists, scale, TOTAL)
-            column_weight = tl.load(weights_ptr + column_at, mask=column_exists, other=0.0).to(TOTAL)
+            column = _load_steps(highs_ptr, lows_ptr, column_at, column_exists)
+            column_weight = tl.load(weights_ptr + column_at, mask=column_exists, other=0.0)
             exponents = _tile(
                 side, row, column, row_at, column_at, row_exists, column_exists, row_tile, n_features, scale, least,
                 COST, DIRECT, FEATURES, DEPTH, WHOLE, TOTAL, PRECISION,
@@ -285,6 +303,8 @@ def update_kernel(
     counts_ptr,  # [4, B] int32: beyond so many points there is only padding; or None
     potentials_ptr,  # [places] float64
     new_potentials_ptr,
+    highs_ptr,  # [places]: of the new potentials, F' at the next epsilon in whole steps
+    lows_ptr,  # [places]: what that leaves
     rhos_ptr,  # [places] float64, or None: rho
     epsilons_ptr,  # [B] float64, or None: epsilon
     next_epsilons_ptr,  # receives those of the next iteration
@@ -302,6 +322,7 @@ def update_kernel(
     next_is_last,
     averages,
     epsilon: tl.float64,
+    next_epsilon: tl.float64,
     rho: tl.float64,
     least: tl.float64,  # distance
     epsilon_factor: tl.float64,
@@ -335,13 +356,18 @@ def update_kernel(
     row_exists = rows < n_rows
     row_at = row_begin + rows
     old = tl.load(potentials_ptr + row_at, mask=row_exists, other=0.0)
+    half = tl.zeros((ROWS,), tl.float64)
+    if halves_ptr is not None:
+        half = tl.load(halves_ptr + row_at, mask=row_exists, other=0.0)
     epsilon = _number(epsilon) if epsilons_ptr is None else tl.load(epsilons_ptr + problem)
+    next_epsilon = _number(next_epsilon)
     if errors_ptr is not None:
         is_done = _error_of(errors_ptr, problem.to(tl.int64), x_blocks) <= _number(tolerance)
+        last_epsilon = tl.load(last_epsilons_ptr + problem)
+        wanted = tl.maximum(epsilon * _number(epsilon_factor), last_epsilon)
+        next_epsilon = tl.where(next_is_last != 0, last_epsilon, wanted)
         if block == 0:
-            last = tl.load(last_epsilons_ptr + problem)
-            following = tl.where(next_is_last != 0, last, tl.maximum(epsilon * _number(epsilon_factor), last))
-            tl.store(next_epsilons_ptr + problem, following)
+            tl.store(next_epsilons_ptr + problem, next_epsilon)
             done_now = tl.load(iterations_ptr + problem) + tl.where(is_done, 0, 1)
             tl.store(iterations_ptr + problem, done_now)
         if is_done:
@@ -365,7 +391,7 @@ def update_kernel(
         present_columns = _present(counts_ptr, column_which, problem, batch, n_columns)
         side = points_ptr, halves_ptr, potentials_ptr, n_rows
         row_tile = _load_points(side, row_at, row_exists, 0, n_features, DEPTH) if WHOLE else row_at
-        row = _load_potentials(side, row_at, row_exists, scale, TOTAL)
+        row = _in_steps((old - half) * scale, TOTAL)
         around = tl.full((ROWS, COLUMNS), NOTHING, TOTAL)
         around_it = tl.zeros((ROWS, COLUMNS), TOTAL)
         for start in range(0, present_columns, COLUMNS):
@@ -377,7 +403,7 @@ def update_kernel(
                 potential -= tl.load(halves_ptr + column_at, mask=column_exists, other=0.0)
             column_weight = tl.load(weights_ptr + column_at, mask=column_exists, other=0.0)
             log_weight = tl.where(column_weight == 0.0, float("-inf"), tl.log2(column_weight))
-            column = _in_two(potential * scale + log_weight, TOTAL)
+            column = _in_steps(potential * scale + log_weight, TOTAL)
             exponents = _tile(
                 side, row, column, row_at, column_at, row_exists, column_exists, row_tile, n_features, scale, least,
                 COST, DIRECT, FEATURES, DEPTH, WHOLE, TOTAL, PRECISION,
@@ -404,10 +430,13 @@ def update_kernel(
         error = tl.abs(tl.exp2(log_total) - 1.0) if rhos_ptr is None else tl.abs(new - old) / (kappa * epsilon)
         error = tl.where(weight == 0.0, 0.0, weight * error)
         error = tl.sum(tl.where(row_exists, error, 0.0), 0)
-        error = tl.where(epsilon <= tl.load(last_epsilons_ptr + problem), error, float("inf"))
+        error = tl.where(epsilon <= last_epsilon, error, float("inf"))
         tl.store(new_errors_ptr + problem.to(tl.int64) * x_blocks + block, error)
     new = tl.where(averages != 0, 0.5 * (old + new), new)
     tl.store(new_potentials_ptr + row_at, new, mask=row_exists)
+    high, low = _in_steps((new - half) * (LOG2_E / next_epsilon), TOTAL)
+    tl.store(highs_ptr + row_at, high, mask=row_exists)
+    tl.store(lows_ptr + row_at, low, mask=row_exists)
 
 
 @triton.jit
@@ -502,6 +531,7 @@ class _Iteration:
     def __init__(
         self,
         clouds: _Clouds,
+        epsilon: float | Tensor,  # of the first iteration; [B] of points with themselves
         *,
         least_square: float = 0.0,
         rho: float = math.inf,
@@ -520,19 +550,33 @@ class _Iteration:
         self.sizes = (clouds.n_x, clouds.n_y)
         self.groups, self.group_sizes = zip(*(_groups(clouds, n, tiles.rows) for n in self.sizes), strict=True)
         self.row_blocks = [triton.cdiv(n, tiles.rows) for n in self.sizes]
-        self.potentials = torch.zeros_like(clouds.weights)
+        self.potentials, self.weights = torch.zeros_like(clouds.weights), clouds.weights.to(clouds.values.dtype)
         self.before = torch.empty_like(self.potentials)
         self.partial = clouds.values.new_empty((max(self.groups), len(clouds.values)))
+        # Of potentials of 0.
+        exact = torch.zeros_like(clouds.weights) if clouds.halves is None else clouds.halves * -LOG2_E.value
+        exact = (
+            (exact.view(clouds.batch, -1) / epsilon.unsqueeze(1)).flatten()
+            if isinstance(epsilon, Tensor)
+            else exact / epsilon
+        )
+        self.highs = exact.to(clouds.values.dtype)
+        self.lows = (exact - self.highs).to(clouds.values.dtype)
 
-    def step(self, epsilon: float, stages: _Stages, *, averages: bool, next_is_last: bool = False) -> None:
+    def step(
+        self, epsilon: float, next_epsilon: float, stages: _Stages, *, averages: bool, next_is_last: bool = False
+    ) -> None:
         """Brings the potentials up to date, and keeps those before."""
         clouds = self.clouds
         blocks = self.groups[0] * self.groups[1]
         blocks += sum(groups * (groups + 1) // 2 for groups in self.groups) if clouds.has_own else 0
-        of_points = (clouds.values, clouds.halves, clouds.weights, clouds.counts, self.potentials)
         sizes = (*self.sizes, clouds.points.width, clouds.batch, *self.groups)
         sums_kernel[(clouds.batch * blocks,)](
-            *of_points,
+            clouds.values,
+            self.highs,
+            self.lows,
+            self.weights,
+            clouds.counts,
             stages.epsilons,
             stages.errors,
             self.partial,
@@ -544,8 +588,14 @@ class _Iteration:
             **self.constants,
         )
         update_kernel[(clouds.batch * clouds.copies * sum(self.row_blocks),)](
-            *of_points,
+            clouds.values,
+            clouds.halves,
+            clouds.weights,
+            clouds.counts,
+            self.potentials,
             self.before,
+            self.highs,
+            self.lows,
             self.rhos,
             *stages,
             self.partial,
@@ -553,6 +603,7 @@ class _Iteration:
             int(next_is_last),
             int(averages),
             epsilon,
+            next_epsilon,
             self.rho,
             self.least,
             self.epsilon_factor,
@@ -590,11 +641,10 @@ def symmetric_sinkhorn(
         return _eight(a, found, found)
     with torch.cuda.device_of(x):
         clouds = _Clouds.of_pair(x, y, point_cost, a, b, with_own=with_self)
-        iteration, no_stages = _Iteration(clouds, least_square=least_square, rho=rho), _Stages()
-        iteration.step(epsilons[0], no_stages, averages=False)
-        for epsilon in epsilons:
-            iteration.step(epsilon, no_stages, averages=True)
-        iteration.step(epsilons[-1], no_stages, averages=False)
+        iteration = _Iteration(clouds, epsilons[0], least_square=least_square, rho=rho)
+        all_epsilons = [epsilons[0], *epsilons, epsilons[-1]]
+        for k, (epsilon, following) in enumerate(itertools.pairwise([*all_epsilons, 1.0])):
+            iteration.step(epsilon, following, _Stages(), averages=0 < k <= len(epsilons))
     return _eight(a, clouds.parts(iteration.before), clouds.parts(iteration.potentials))
 
 
@@ -632,15 +682,15 @@ def symmetric_sinkhorn_self(
     with torch.cuda.device_of(x):
         clouds = _Clouds.of_own(x, point_cost, a)
         rhos = None if rho is None else rho.contiguous()
-        iteration = _Iteration(clouds, rhos=rhos, epsilon_factor=epsilon_factor, tolerance=tol)
         last = epsilon.contiguous()
         now = torch.maximum(last, first_epsilon) if max_iter > 1 else last.clone()
+        iteration = _Iteration(clouds, now, rhos=rhos, epsilon_factor=epsilon_factor, tolerance=tol)
         blocks = iteration.row_blocks[0]
         errors = last.new_full((len(last), blocks), torch.inf)
         stages = _Stages(now, torch.empty_like(now), last, errors, torch.empty_like(errors), iterations)
         can_wait = not (x.is_cuda and torch.cuda.is_current_stream_capturing())
         for k in range(max_iter):
-            iteration.step(1.0, stages, averages=k > 0, next_is_last=k + 2 >= max_iter)
+            iteration.step(1.0, 1.0, stages, averages=k > 0, next_is_last=k + 2 >= max_iter)
             stages = stages.following()
             is_look = can_wait and k % _BETWEEN_CHECKS == _BETWEEN_CHECKS - 1
             if is_look or k == max_iter - 1:
@@ -675,12 +725,12 @@ def _variants() -> dict[str, Any]:
         if is_direct:
             constants, options = of_update, update_options
         number = "fp64" if dtype == torch.float64 else "fp32"
-        types |= dict.fromkeys(("points_ptr", "partial_ptr"), f"*{number}:16")
-        doubles = ("halves", "weights", "potentials", "new_potentials", "rhos", "epsilons", "next_epsilons")
+        types |= {f"{key}_ptr": f"*{number}:16" for key in ("points", "partial", "highs", "lows")}
+        doubles = ("halves", "potentials", "new_potentials", "rhos", "epsilons", "next_epsilons")
         doubles += ("last_epsilons", "errors", "new_errors")
         types |= {f"{key}_ptr": "*fp64:16" for key in doubles}
         types |= {"counts_ptr": "*i32:16", "iterations_ptr": "*i64:16"} | dict.fromkeys(_COUNTS, "i32")
-        types |= dict.fromkeys(("epsilon", "rho", "least", "epsilon_factor", "tolerance"), "fp64")
+        types |= dict.fromkeys(("epsilon", "next_epsilon", "rho", "least", "epsilon_factor", "tolerance"), "fp64")
         # Of three problems in one launch, epsilon a number, or of points with themselves, a batch of them.
         of_own = ("rhos", "epsilons", "next_epsilons", "last_epsilons", "errors", "new_errors", "iterations", "counts")
         forms = {"": {"HAS_PAIR": True, "HAS_OWN": True} | {f"{key}_ptr": None for key in of_own}}
@@ -692,7 +742,8 @@ def _variants() -> dict[str, Any]:
             steps = (("sums", sums_kernel, constants, options), ("update", update_kernel, of_update, update_options))
             for step, kernel, of_points, of_launch in steps:
                 known = {key: value for key, value in (of_points | of_form).items() if key in kernel.arg_names}
-                found[f"symmetric_sinkhorn{form} {step} {name}"] = kernel, types, known, of_launch, EVERY
+                weights = {"weights_ptr": f"*{number if step == 'sums' else 'fp64'}:16"}
+                found[f"symmetric_sinkhorn{form} {step} {name}"] = kernel, types | weights, known, of_launch, EVERY
     return found
 
 
