@@ -435,19 +435,41 @@ class Problem {
     }
   }
 
+  // What belongs to the rows of a group, the columns and a block, where stores to sums can't change it.
+  struct Group {
+    const A *points, *row_potentials, *row_weights;  // of the group's rows
+    const A *coordinates, *potentials, *weights;     // of columns
+    A *column_sums, *column_slopes, *costs;          // costs of the group's rows
+    int64_t dimension, stride, costs_stride;
+    A scale;
+    bool is_held;
+  };
+
   template <int64_t kRows, bool kWithSlopes>
   void add_rows(int64_t first, int64_t begin, A* costs, int64_t costs_stride, int64_t block) const {
     constexpr int64_t kSlopes = kWithSlopes ? kDimension : 0;
+    const int64_t stride = stride_;
+    const Group group{cost_.x + first * args_.dimension,
+                      row_.scaled.get() + first,
+                      row_.weights.get() + first,
+                      cost_.y,
+                      column_.scaled.get(),
+                      column_.weights.get(),
+                      partial_.get() + block * stride,
+                      partial_slopes_.get() + block * kSlopes * stride,
+                      costs - begin,
+                      args_.dimension,
+                      stride,
+                      costs_stride,
+                      static_cast<A>(1 / (epsilon_ * kLn2)),
+                      problem_.held != nullptr};
     Vector<A> sums[kRows] = {}, slopes[kRows][kSlopes > 0 ? kSlopes : 1] = {};
     int64_t j = begin;
     if (problem_.is_self) {  // the panel's own points: both halves, for the rows alone
-      add_vector<kRows, kSlopes, kWithSlopes, false>(first, costs, costs_stride, j, block, sums, slopes);
+      add_vector<kRows, kSlopes, kWithSlopes, false>(group, j, sums, slopes);
       j += kLanes<A>;
-      costs += kLanes<A>;
     }
-    for (; j < stride_; j += kLanes<A>, costs += kLanes<A>) {
-      add_vector<kRows, kSlopes, kWithSlopes, true>(first, costs, costs_stride, j, block, sums, slopes);
-    }
+    for (; j < stride; j += kLanes<A>) add_vector<kRows, kSlopes, kWithSlopes, true>(group, j, sums, slopes);
     for (int64_t r = 0; r < kRows; ++r) {
       row_.sums.get()[first + r] = sum_lanes(sums[r]);
       for (int64_t k = 0; k < kSlopes; ++k) {
@@ -456,48 +478,46 @@ class Problem {
     }
   }
 
+  // The loop over rows must be unrolled: their sums are registers.
   template <int64_t kRows, int64_t kSlopes, bool kKeeps, bool kOfColumns>
-  __attribute__((always_inline)) void add_vector(int64_t first, A* costs, int64_t costs_stride, int64_t j,
-                                                 int64_t block, Vector<A> (&sums)[kRows],
+  __attribute__((always_inline)) void add_vector(const Group& group, int64_t j, Vector<A> (&sums)[kRows],
                                                  Vector<A> (&slopes)[kRows][kSlopes > 0 ? kSlopes : 1]) const {
-    const A scale = static_cast<A>(1 / (epsilon_ * kLn2));
-    const Vector<A> potentials = load(column_.scaled.get() + j), weights = load(column_.weights.get() + j);
+    const Vector<A> potentials = load(group.potentials + j), weights = load(group.weights + j);
     Vector<A> coordinates[kDimension > 0 ? kDimension : 1];
-    for (int64_t k = 0; k < kDimension; ++k) coordinates[k] = load(cost_.y + k * stride_ + j);
-    A* const column_sums = partial_.get() + block * stride_ + j;
-    A* const column_slopes = partial_slopes_.get() + block * kSlopes * stride_ + j;
-    Vector<A> total = kOfColumns ? load(column_sums) : Vector<A>{};
+    for (int64_t k = 0; k < kDimension; ++k) coordinates[k] = load(group.coordinates + k * group.stride + j);
+    Vector<A> total = kOfColumns ? load(group.column_sums + j) : Vector<A>{};
     Vector<A> totals[kSlopes > 0 ? kSlopes : 1] = {};
+#pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r) {
       Vector<A> cost{};
-      const A* const point = cost_.x + (first + r) * args_.dimension;
+      const A* const point = group.points + r * group.dimension;
       if constexpr (kDimension > 0) {
         for (int64_t k = 0; k < kDimension; ++k) cost = cost_.add(cost, point[k], coordinates[k]);
         cost = cost_.finish(cost);
       } else {
-        cost = load(costs + r * costs_stride);
+        cost = load(group.costs + r * group.costs_stride + j);
       }
-      const A row_weight = row_.weights.get()[first + r];
-      const Vector<A> e = power_of_two((potentials - scale * cost) + row_.scaled.get()[first + r]);
+      const Vector<A> e = power_of_two((potentials - group.scale * cost) + group.row_potentials[r]);
       sums[r] += weights * e;
-      if (kOfColumns) total += row_weight * e;
+      if (kOfColumns) total += group.row_weights[r] * e;
       if constexpr (kKeeps) {
         const Vector<A> w = per_distance(e, cost);
         if constexpr (kDimension == 0) {
-          if (problem_.held != nullptr) store(costs + r * costs_stride, w);
+          if (group.is_held) store(group.costs + r * group.costs_stride + j, w);
         }
         for (int64_t k = 0; k < kSlopes; ++k) {
           const Vector<A> by_x = kCost == PointCost::cosine ? -w * coordinates[k] : w * (point[k] - coordinates[k]);
-          const Vector<A> by_y = kCost == PointCost::cosine ? w * point[k] : w * (point[k] - coordinates[k]);
+          const Vector<A> by_y = kCost == PointCost::cosine ? w * point[k] : by_x;
           slopes[r][k] += weights * by_x;
-          if (kOfColumns) totals[k] -= row_weight * by_y;
+          if (kOfColumns) totals[k] -= group.row_weights[r] * by_y;
         }
       }
     }
     if (!kOfColumns) return;
-    store(column_sums, total);
+    store(group.column_sums + j, total);
     for (int64_t k = 0; k < kSlopes; ++k) {
-      store(column_slopes + k * stride_, load(column_slopes + k * stride_) + totals[k]);
+      A* const to = group.column_slopes + k * group.stride + j;
+      store(to, load(to) + totals[k]);
     }
   }
 
