@@ -248,6 +248,8 @@ def sums_kernel(
     places = batch.to(tl.int64) * (n_x + n_y) * (2 if HAS_PAIR and HAS_OWN else 1)
     row_sums_ptr = partial_ptr + column_group * places + row_begin
     column_sums_ptr = partial_ptr + row_group * places + column_begin
+    column_highs_ptr, column_lows_ptr = highs_ptr + column_begin, lows_ptr + column_begin
+    column_weights_ptr = weights_ptr + column_begin
     epsilon = _number(epsilon) if epsilons_ptr is None else tl.load(epsilons_ptr + problem)
     scale = LOG2_E / epsilon
     least = _number(least)
@@ -275,8 +277,8 @@ def sums_kernel(
             columns = start + tl.arange(0, COLUMNS)
             column_exists = columns < n_columns
             column_at = column_begin + columns
-            column = _load_steps(highs_ptr, lows_ptr, column_at, column_exists)
-            column_weight = tl.load(weights_ptr + column_at, mask=column_exists, other=0.0)
+            column = _load_steps(column_highs_ptr, column_lows_ptr, columns, column_exists)
+            column_weight = tl.load(column_weights_ptr + columns, mask=column_exists, other=0.0)
             exponents = _tile(
                 side, row, column, row_at, column_at, row_exists, column_exists, row_tile, n_features, scale, least,
                 COST, DIRECT, FEATURES, DEPTH, WHOLE, TOTAL, PRECISION,
