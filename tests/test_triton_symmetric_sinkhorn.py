@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyreg.ops import _pairwise_cost
 from pyreg.ops._symmetric_sinkhorn import plain, plain_self
-from tests.oracle import assert_runs_without_waiting_and_in_a_graph
+from tests.oracle import ROUNDOFF, assert_runs_without_waiting_and_in_a_graph
 
 # The interpreter computes with numpy, which warns where a GPU does not. New memory is NaN here, by an option of torch's
 # that warns of what else has no fixed order.
@@ -42,6 +42,12 @@ def _new_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def large_tiles(monkeypatch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
+    """Of the interpreter: few programs, of which most tests need no more."""
+    monkeypatch.setattr(importlib.import_module("pyreg.triton_kernels._points"), "_EMULATED_TILES", (32, 32))
+
+
 def weights_of(*shape: int) -> Tensor:
     weights = torch.rand(*shape, dtype=DOUBLE) + 0.1
     return weights / weights.sum(-1, keepdim=True)
@@ -62,7 +68,7 @@ def problem_of(cost: int, d: int, n: int = 37, m: int = 29, batch: int = 2, **ch
     scale = _pairwise_cost.cost_of_computed(x, y, cost).mean().item()
     arguments = {
         "x": x, "y": y, "point_cost": cost, "least_square": 0.1 if cost == EUCLIDEAN else 0.0, "a": a, "b": b,
-        "epsilons": [scale, 0.25 * scale, 0.1 * scale], "rho": INF, "with_self": True,
+        "epsilons": [scale, 0.2 * scale], "rho": INF, "with_self": True,
     }  # fmt: skip
     return arguments | changes
 
@@ -92,7 +98,7 @@ def run(function: Any, arguments: dict[str, Any], device: torch.device, dtype: t
 def assert_as_plain(
     kernels: ModuleType, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype = DOUBLE
 ) -> tuple[Tensor, ...]:
-    """Float64's to rounding; float32's potentials within some roundings of the largest cost, and twice plain's error."""
+    """Float64's to rounding; float32's to twice plain's error, and some roundings of the largest cost or potential."""
     is_own = "y" not in arguments
     function, ours = (plain_self, "symmetric_sinkhorn_self") if is_own else (plain, "symmetric_sinkhorn")
     actual = run(getattr(kernels, ours), arguments, device, dtype)
@@ -111,7 +117,8 @@ def assert_as_plain(
         if dtype == DOUBLE:
             assert error <= 1e-11 * max(truth[k].abs().max().item(), 1)
         else:
-            assert error <= 2 * (in_float[k] - truth[k]).abs().max().item() + 4 * 2**-24 * max(largest, 1)
+            floor = 4 * ROUNDOFF[FLOAT] * max(largest, truth[k].abs().max().item(), 1)
+            assert error <= 2 * (in_float[k] - truth[k]).abs().max().item() + floor
     if is_own:
         limit = {"rtol": 1e-9, "atol": 1e-12} if dtype == DOUBLE else {"rtol": 1e-3, "atol": 1e-4}
         torch.testing.assert_close(actual[1], truth[1], **limit)
@@ -123,45 +130,53 @@ def assert_as_plain(
 
 
 DIMENSIONS = [(SQEUCLIDEAN, 1), (SQEUCLIDEAN, 2), (SQEUCLIDEAN, 3), (SQEUCLIDEAN, 16), (SQEUCLIDEAN, 64),
-              (SQEUCLIDEAN, 70), (EUCLIDEAN, 2), (EUCLIDEAN, 16), (COSINE, 5), (COSINE, 16), (COSINE, 70)]  # fmt: skip
+              (SQEUCLIDEAN, 70), (EUCLIDEAN, 2), (EUCLIDEAN, 16), (COSINE, 5), (COSINE, 70)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("cost", "d"), DIMENSIONS)
-def test_float32(kernels: ModuleType, triton_device: torch.device, cost: int, d: int) -> None:
+def test_float32(kernels: ModuleType, triton_device: torch.device, large_tiles: None, cost: int, d: int) -> None:
     assert_as_plain(kernels, problem_of(cost, d), triton_device, FLOAT)
 
 
-@pytest.mark.parametrize(("cost", "d"), [(SQEUCLIDEAN, 1), (SQEUCLIDEAN, 5), (EUCLIDEAN, 3), (COSINE, 3)])
-@pytest.mark.parametrize("with_self", [False, True])
-@pytest.mark.parametrize("rho", [INF, 0.8])
+@pytest.mark.parametrize(
+    ("cost", "d", "with_self", "rho"),
+    [
+        (SQEUCLIDEAN, 1, True, INF),
+        (SQEUCLIDEAN, 5, False, 0.8),
+        (SQEUCLIDEAN, 16, True, 0.8),
+        (EUCLIDEAN, 3, True, 0.8),
+        (EUCLIDEAN, 3, False, INF),
+        (COSINE, 3, True, INF),
+    ],
+)
 def test_float64(
-    kernels: ModuleType, triton_device: torch.device, cost: int, d: int, with_self: bool, rho: float
+    kernels: ModuleType, triton_device: torch.device, large_tiles: None, cost: int, d: int, with_self: bool, rho: float
 ) -> None:
-    arguments = problem_of(cost, d, n=37 if with_self else 19, with_self=with_self, rho=rho)
+    arguments = problem_of(cost, d, n=37 if with_self else 19, m=23, with_self=with_self, rho=rho)
     actual = assert_as_plain(kernels, arguments, triton_device)
     assert all((part.numel() > 0) == (with_self or k % 4 < 2) for k, part in enumerate(actual))
 
 
-@pytest.mark.parametrize(("n", "m", "batch"), [(1, 1, 1), (1, 37, 2), (101, 1, 1), (16, 16, 3), (17, 103, 1)])
+@pytest.mark.parametrize(("n", "m", "batch"), [(1, 1, 1), (1, 37, 2), (67, 1, 1), (16, 16, 2), (17, 53, 1)])
 def test_sizes(kernels: ModuleType, triton_device: torch.device, n: int, m: int, batch: int) -> None:
     arguments = problem_of(SQEUCLIDEAN, 9, n=n, m=m, batch=batch)
     assert_as_plain(kernels, arguments | {"epsilons": arguments["epsilons"][-1:]}, triton_device, FLOAT)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("groups", [1, 2, 4])
 def test_groups(kernels: ModuleType, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
     """Blocks of several tiles, and of one."""
     monkeypatch.setattr(kernels, "_EMULATED_GROUPS" if triton_device.type == "cpu" else "_MOST_GROUPS", groups)
-    assert_as_plain(kernels, problem_of(SQEUCLIDEAN, 2, n=71, m=40, epsilons=[2.0]), triton_device)
+    assert_as_plain(kernels, problem_of(SQEUCLIDEAN, 2, n=55, m=40, batch=1, epsilons=[2.0]), triton_device)
 
 
 @pytest.mark.parametrize("factor", [1e-4, 1e-7])
 @pytest.mark.parametrize(("d", "dtype"), [(2, DOUBLE), (2, FLOAT), (12, FLOAT)])
 def test_sums_beyond_all_numbers(
-    kernels: ModuleType, triton_device: torch.device, d: int, dtype: torch.dtype, factor: float
+    kernels: ModuleType, triton_device: torch.device, large_tiles: None, d: int, dtype: torch.dtype, factor: float
 ) -> None:
     """Where epsilon falls at once, and where it begins small."""
-    for epsilons in ([5.0, 5.0, 5 * factor, 5 * factor], [5 * factor]):
+    for epsilons in ([5.0, 5 * factor], [5 * factor]):
         arguments = problem_of(SQEUCLIDEAN, d, n=19, m=17, epsilons=epsilons)
         assert_as_plain(kernels, arguments, triton_device, dtype)
 
@@ -172,16 +187,17 @@ def test_only_what_is_lost_is_found_again(kernels: ModuleType, triton_device: to
     near = run(kernels.symmetric_sinkhorn, arguments, triton_device, FLOAT)
     arguments["x"][0, 3] += 100
     arguments["a"][0, 3] = 0
-    assert_as_plain(kernels, arguments, triton_device, FLOAT)
-    far = run(kernels.symmetric_sinkhorn, arguments, triton_device, FLOAT)
+    far = assert_as_plain(kernels, arguments, triton_device, FLOAT)
     assert far[0][0, 3] > 1e4
     assert torch.isfinite(near[0]).all()
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, FLOAT])
-def test_points_that_weigh_nothing(kernels: ModuleType, triton_device: torch.device, dtype: torch.dtype) -> None:
+def test_points_that_weigh_nothing(
+    kernels: ModuleType, triton_device: torch.device, large_tiles: None, dtype: torch.dtype
+) -> None:
     """Two of them meet far from all others, whose exponent is beyond all numbers; none of the others is."""
-    arguments = problem_of(SQEUCLIDEAN, 3, n=19, m=17, batch=1, epsilons=[2.0, 1.0, 0.5])
+    arguments = problem_of(SQEUCLIDEAN, 3, n=19, m=17, batch=1, epsilons=[2.0, 0.5])
     for points, weights in (("x", "a"), ("y", "b")):
         arguments[points][0, 5:7] = 60.0
         arguments[weights][0, 5:7] = 0
@@ -196,9 +212,9 @@ def test_points_that_weigh_nothing(kernels: ModuleType, triton_device: torch.dev
             torch.testing.assert_close(torch.cat([actual[:, :5], actual[:, 7:]], 1), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_weights_of_every_size(kernels: ModuleType, triton_device: torch.device) -> None:
+def test_weights_of_every_size(kernels: ModuleType, triton_device: torch.device, large_tiles: None) -> None:
     """From ordinary ones to those that float32 does not have, and sums of all that are none of its numbers."""
-    arguments = problem_of(SQEUCLIDEAN, 2, n=19, m=17)
+    arguments = problem_of(SQEUCLIDEAN, 2, n=19, m=17, epsilons=[4.0, 1.0])
     arguments["a"][0] *= torch.logspace(0, -60, 19, dtype=DOUBLE)
     arguments["b"][1] *= 1e-60
     assert_as_plain(kernels, arguments, triton_device)
@@ -208,13 +224,12 @@ def test_weights_of_every_size(kernels: ModuleType, triton_device: torch.device)
 
 def test_padding(kernels: ModuleType, triton_device: torch.device) -> None:
     """Some tiles of it: potentials of points are those of the problem alone, in bits."""
-    sizes, n, m = [(50, 20), (5, 51)], 60, 53
-    arguments = problem_of(SQEUCLIDEAN, 3, n=n, m=m, epsilons=[1.0, 0.5])
+    sizes, n, m = [(18, 20), (5, 33)], 35, 33
+    arguments = problem_of(SQEUCLIDEAN, 3, n=n, m=m, epsilons=[1.0])
     for k, (rows, columns) in enumerate(sizes):
         arguments["a"][k, rows:] = arguments["b"][k, columns:] = 0
         arguments["a"][k, rows - 1] = arguments["b"][k, columns - 1] = 0.1
-    assert_as_plain(kernels, arguments, triton_device, FLOAT)
-    together = run(kernels.symmetric_sinkhorn, arguments, triton_device, FLOAT)
+    together = assert_as_plain(kernels, arguments, triton_device, FLOAT)
     for k in range(2):
         alone = {key: value[k : k + 1] if isinstance(value, Tensor) else value for key, value in arguments.items()}
         found = run(kernels.symmetric_sinkhorn, alone, triton_device, FLOAT)
@@ -226,7 +241,9 @@ def test_padding(kernels: ModuleType, triton_device: torch.device) -> None:
 
 @pytest.mark.parametrize(("cost", "d"), [(SQEUCLIDEAN, 2), (SQEUCLIDEAN, 70), (EUCLIDEAN, 5), (COSINE, 16)])
 @pytest.mark.parametrize("is_balanced", [True, False])
-def test_self(kernels: ModuleType, triton_device: torch.device, cost: int, d: int, is_balanced: bool) -> None:
+def test_self(
+    kernels: ModuleType, triton_device: torch.device, large_tiles: None, cost: int, d: int, is_balanced: bool
+) -> None:
     arguments = self_problem_of(cost, d)
     if not is_balanced:
         arguments["rho"] = torch.rand(2, 37, dtype=DOUBLE) + 0.3
@@ -236,9 +253,10 @@ def test_self(kernels: ModuleType, triton_device: torch.device, cost: int, d: in
         assert_as_plain(kernels, arguments, triton_device)
 
 
-@pytest.mark.parametrize("max_iter", [1, 2, 3, 7])
-@pytest.mark.parametrize("first", [0.5, 8.0])
-def test_falling_epsilon(kernels: ModuleType, triton_device: torch.device, max_iter: int, first: float) -> None:
+@pytest.mark.parametrize(("max_iter", "first"), [(1, 8.0), (2, 8.0), (3, 8.0), (3, 0.5), (7, 8.0)])
+def test_falling_epsilon(
+    kernels: ModuleType, triton_device: torch.device, large_tiles: None, max_iter: int, first: float
+) -> None:
     """Wherever the last iteration falls, it is made at the epsilon that was asked for."""
     arguments = self_problem_of(EUCLIDEAN, 2, n=13, max_iter=max_iter)
     assert_as_plain(kernels, arguments | {"first_epsilon": first * arguments["epsilon"]}, triton_device)
@@ -247,11 +265,13 @@ def test_falling_epsilon(kernels: ModuleType, triton_device: torch.device, max_i
 @pytest.mark.parametrize("is_balanced", [True, False])
 @pytest.mark.parametrize(("d", "dtype"), [(2, DOUBLE), (9, FLOAT)])
 def test_each_problem_ends_at_its_tolerance(
-    kernels: ModuleType, triton_device: torch.device, is_balanced: bool, d: int, dtype: torch.dtype
+    kernels: ModuleType, triton_device: torch.device, large_tiles: None, is_balanced: bool, d: int, dtype: torch.dtype
 ) -> None:
     """Early or late, with the bits that it has alone."""
     arguments = self_problem_of(SQEUCLIDEAN, d, n=19, max_iter=40, tol=1e-3)
     arguments["epsilon"][1] *= 20
+    arguments["a"][0, 2] = 0.1
+    arguments["a"][1] = arguments["a"][0]  # a problem alone is centred with points that weigh nothing
     if not is_balanced:
         arguments["rho"] = torch.rand(2, 19, dtype=DOUBLE) + 0.3
     f, error, iterations = assert_as_plain(kernels, arguments, triton_device, dtype)
@@ -259,7 +279,6 @@ def test_each_problem_ends_at_its_tolerance(
     assert (iterations < 40).all()
     assert (error <= 1e-3).all()
     for k in range(2):
-        # The same padding is looked at, for which a problem alone has no count.
         alone = {key: value[k : k + 1] if isinstance(value, Tensor) else value for key, value in arguments.items()}
         found = run(kernels.symmetric_sinkhorn_self, alone, triton_device, dtype)
         assert all(torch.equal(own[0], all_[k]) for own, all_ in zip(found, (f, error, iterations), strict=True))
@@ -267,9 +286,9 @@ def test_each_problem_ends_at_its_tolerance(
 
 @pytest.mark.parametrize(("d", "dtype"), [(2, DOUBLE), (12, FLOAT)])
 def test_self_of_a_small_first_epsilon(
-    kernels: ModuleType, triton_device: torch.device, d: int, dtype: torch.dtype
+    kernels: ModuleType, triton_device: torch.device, large_tiles: None, d: int, dtype: torch.dtype
 ) -> None:
-    arguments = self_problem_of(SQEUCLIDEAN, d, n=19, max_iter=4)
+    arguments = self_problem_of(SQEUCLIDEAN, d, n=19, max_iter=4, tol=-1.0)  # errors of 0 are no end
     arguments["epsilon"] = arguments["first_epsilon"] = arguments["epsilon"] * 1e-4
     assert_as_plain(kernels, arguments, triton_device, dtype)
     arguments["first_epsilon"], arguments["epsilon_factor"] = 1e5 * arguments["epsilon"], 1e-5
@@ -287,14 +306,14 @@ def test_sizes_of_self(kernels: ModuleType, triton_device: torch.device, n: int)
 
 
 def test_same_bits_on_every_run(kernels: ModuleType, triton_device: torch.device) -> None:
-    for d in (3, 9):
-        pair, own = problem_of(SQEUCLIDEAN, d), self_problem_of(SQEUCLIDEAN, d)
+    for d in (3,) if triton_device.type == "cpu" else (3, 9):
+        pair, own = problem_of(SQEUCLIDEAN, d, epsilons=[1.0]), self_problem_of(SQEUCLIDEAN, d, max_iter=3)
         for function, arguments in ((kernels.symmetric_sinkhorn, pair), (kernels.symmetric_sinkhorn_self, own)):
             first, second = (run(function, arguments, triton_device, FLOAT) for _ in range(2))
             assert all(torch.equal(*both) for both in zip(first, second, strict=True))
 
 
-def test_nan_is_not_lost(kernels: ModuleType, triton_device: torch.device) -> None:
+def test_nan_is_not_lost(kernels: ModuleType, triton_device: torch.device, large_tiles: None) -> None:
     for cost, d in ((SQEUCLIDEAN, 3), (SQEUCLIDEAN, 9), (COSINE, 9)):
         arguments = problem_of(cost, d, n=13, m=11, epsilons=[1.0])
         arguments["x"][0, 5, 1] = math.nan

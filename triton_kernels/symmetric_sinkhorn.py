@@ -416,7 +416,9 @@ def update_kernel(
             around = most
         most = tl.max(around, 1)
         found = tl.sum(around_it * tl.exp2(around - most[:, None]), 1).to(tl.float64)
-        found = tl.where(most < ALMOST_NOTHING, float("-inf"), most.to(tl.float64) + tl.log2(found))
+        # Of no column; a maximum may leave NaN out, and the sum does not.
+        is_nothing = (most < ALMOST_NOTHING) & (found == found)
+        found = tl.where(is_nothing, float("-inf"), most.to(tl.float64) + tl.log2(found))
         log_total = tl.where(is_lost, found, log_total)
 
     new = old - epsilon * (LN_2 * log_total)
