@@ -248,6 +248,8 @@ def sums_kernel(
     places = batch.to(tl.int64) * (n_x + n_y) * (2 if HAS_PAIR and HAS_OWN else 1)
     row_sums_ptr = partial_ptr + column_group * places + row_begin
     column_sums_ptr = partial_ptr + row_group * places + column_begin
+    column_highs_ptr, column_lows_ptr = highs_ptr + column_begin, lows_ptr + column_begin
+    column_weights_ptr = weights_ptr + column_begin
     epsilon = _number(epsilon) if epsilons_ptr is None else tl.load(epsilons_ptr + problem)
     scale = LOG2_E / epsilon
     least = _number(least)
@@ -275,8 +277,8 @@ def sums_kernel(
             columns = start + tl.arange(0, COLUMNS)
             column_exists = columns < n_columns
             column_at = column_begin + columns
-            column = _load_steps(highs_ptr, lows_ptr, column_at, column_exists)
-            column_weight = tl.load(weights_ptr + column_at, mask=column_exists, other=0.0)
+            column = _load_steps(column_highs_ptr, column_lows_ptr, columns, column_exists)
+            column_weight = tl.load(column_weights_ptr + columns, mask=column_exists, other=0.0)
             exponents = _tile(
                 side, row, column, row_at, column_at, row_exists, column_exists, row_tile, n_features, scale, least,
                 COST, DIRECT, FEATURES, DEPTH, WHOLE, TOTAL, PRECISION,
@@ -414,7 +416,9 @@ def update_kernel(
             around = most
         most = tl.max(around, 1)
         found = tl.sum(around_it * tl.exp2(around - most[:, None]), 1).to(tl.float64)
-        found = tl.where(most < ALMOST_NOTHING, float("-inf"), most.to(tl.float64) + tl.log2(found))
+        # Of no column; a maximum may leave NaN out, and the sum does not.
+        is_nothing = (most < ALMOST_NOTHING) & (found == found)
+        found = tl.where(is_nothing, float("-inf"), most.to(tl.float64) + tl.log2(found))
         log_total = tl.where(is_lost, found, log_total)
 
     new = old - epsilon * (LN_2 * log_total)
