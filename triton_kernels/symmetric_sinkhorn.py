@@ -1,8 +1,8 @@
 r"""Sinkhorn's iteration with both potentials brought up to date at once and averaged, between points and of points with
 themselves, in Triton. No n x m matrix exists.
 
-csrc/symmetric_sinkhorn/symmetric_sinkhorn.h has the formulas, and _point_kernels.py has those of exponents. Potentials
-leave the weights out, and a pair has one product and one exponential for the sums of both its points:
+csrc/symmetric_sinkhorn/symmetric_sinkhorn.h has the formulas. Potentials leave the weights out, and a pair has one
+product and one exponential for the sums of both its points:
 
     E_ij = exp((f_i + g_j - C_ij) / eps)     S_i = sum_j b_j E_ij     T_j = sum_i a_i E_ij
     f'_i = kappa (f_i - eps log S_i)         g'_j = kappa (g_j - eps log T_j)
@@ -12,31 +12,46 @@ An iteration is two launches, whether of one problem or of the three of a debias
     sums      of all pairs of points; of x with x and y with y those of one half
     update    f' and g' from the sums, averages, and of points with themselves the error
 
+**Exponents**, in units of log 2, are F'_i + G'_j + t_ij of _point_kernels.py. An update leaves F' as a whole number of
+steps of 2^-9, and what those leave of it. Two such numbers have an exact sum in float32 while it is below 2^14, with no
+more than an addition; beyond, it is rounded as the product is.
+
 **Blocks.** Each cloud is cut into at most 32 groups, so that a problem between points is a square of blocks, and one of
 points with themselves a triangle of them; each block is a program, all in one grid. It takes a tile of 64 of its rows
 at a time past its columns, 32 at a time. The rows' sums stay in registers, a term for each of the 32 columns, until the
 tile has passed; columns' sums are taken over the tile and added up in memory, where the block has a place of its own
 for each: slot j of row group i, slot i of column group j. So every slot of every point is filled once, nothing is
 atomic, and slots are added in a fixed order: the same bits on every run, and of a problem alone and among others. On
-the diagonal of a triangle, a tile takes its own square whole, and gives to both sides beyond it.
+the diagonal of a triangle a tile takes its own square whole, and gives to both sides beyond it.
 
 Tiles are those of sinkhorn_points: 64 rows, whose coordinates stay in registers with both parts of their digits, by 32
-columns, which leaves room for 16 exponents and 16 sums a thread without spilling. A sum over the tile's rows is 3
-shuffles for each 2 of its exponents.
+columns, which leaves room for 16 exponents and 16 sums a thread without spilling. Sums over a tile's rows are 24
+shuffles a thread for its 16 exponents, or none where coordinates are subtracted: there a warp lies along the columns.
 
-**Safety.** S and T are near 1 but for the first iteration and where epsilon falls fast. One beyond [1e-30, 1e30] is found
-again by the update, around a maximum: its rows are then taken past all columns by the program that updates them, and
-what others have lies as it was. An exponent may be beyond all numbers between two points that weigh nothing, in whose
-sums it has no part: exponents of such rows are cut off, and their own sums trusted up to 1e3.
+**Safety.** S and T are near 1, but for the first iteration and where epsilon falls fast. One beyond [1e-30, 1e30] is
+found again by the update, around a maximum: the program takes its rows past all columns, and what is not lost stays as
+it was. An exponent may be beyond all numbers between two points that weigh nothing, of whose sums it is no part:
+exponents of such rows are cut off, and their own sums trusted up to 1e3.
 
-Bytes and operations of an iteration, n = m, in d coordinates, of the three problems (of one of them):
+Memory: O((n + m) d), and 32 sums a point. Of an iteration in d coordinates, n points a cloud, of three problems (of one
+between points, or of two of points with themselves, the half):
 
-    products     4 n^2 d flops (2 n^2 d), three times that at float32's digits
-    exponentials 2 n^2 (n^2)
-    read         n^2 d / 8 bytes (n^2 d / 16) of columns, from L2, and as many of rows' potentials as nothing
-    sums         2 x 4 x 32 x 4 n bytes (half), written and read: 10 MB at 10k, 51 MB at 50k
+    products       4 n^2 d flops, three times that at float32's digits
+    exponentials   2 n^2
+    columns        n^2 d / 8 bytes from L2
+    sums           512 n bytes written, and read: 5 MB at 10k, 26 MB at 50k
 
-On an H100, by count, at d = 64: @TIMES@
+By count, on an H100 that issues an instruction in every cycle, for 64 coordinates: the loop has 677 instructions for
+the 16 exponentials of a thread, or 470 where torch may use TF32 (an iteration of sinkhorn_points has 712 twice).
+
+    three problems            10k        50k
+    float32's digits          0.29 ms    7.1 ms
+    of which matrix products  0.19       4.8
+    TF32                      0.20       5.0
+    L2                        0.15       3.6
+    exponentials              0.05       1.4
+
+An update reads the sums and is some microseconds.
 """
 
 from __future__ import annotations
@@ -83,8 +98,8 @@ _COUNTS = ("n_x", "n_y", "batch", "x_groups", "y_groups", "x_group", "y_group", 
 
 # ---- kernels ----
 #
-# Everything of all problems lies in a row: f of each problem of the batch, then g, then those of x with x, and of y with
-# y, a place for each point. Of these four, the first two are of the problems between x and y, and the last two, or f
+# Everything of all problems lies in a row, a place for each point: f of each problem of the batch, then g, then those
+# of x with x, and of y with y. Of these four the first two are of problems between x and y, and the last two, or f
 # where there is no y, of points with themselves.
 
 
@@ -342,7 +357,7 @@ def update_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A tile of rows of any problem: f' from their sums, and from those found again where they are not to be trusted."""
+    """A tile of rows of any problem: f' from their sums, or from those found again where they are not to be trusted."""
     x_blocks, y_blocks = tl.cdiv(n_x, ROWS), tl.cdiv(n_y, ROWS)
     blocks = (x_blocks + y_blocks) * (2 if HAS_PAIR and HAS_OWN else 1)
     problem, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -535,7 +550,7 @@ class _Iteration:
     def __init__(
         self,
         clouds: _Clouds,
-        epsilon: float | Tensor,  # of the first iteration; [B] of points with themselves
+        epsilon: float | Tensor,  # of the first iteration: [places] where problems have their own
         *,
         least_square: float = 0.0,
         rho: float = math.inf,
@@ -559,11 +574,7 @@ class _Iteration:
         self.partial = clouds.values.new_empty((max(self.groups), len(clouds.values)))
         # Of potentials of 0.
         exact = torch.zeros_like(clouds.weights) if clouds.halves is None else clouds.halves * -LOG2_E.value
-        exact = (
-            (exact.view(clouds.batch, -1) / epsilon.unsqueeze(1)).flatten()
-            if isinstance(epsilon, Tensor)
-            else exact / epsilon
-        )
+        exact = exact / epsilon
         self.highs = exact.to(clouds.values.dtype)
         self.lows = (exact - self.highs).to(clouds.values.dtype)
 
@@ -688,7 +699,8 @@ def symmetric_sinkhorn_self(
         rhos = None if rho is None else rho.contiguous()
         last = epsilon.contiguous()
         now = torch.maximum(last, first_epsilon) if max_iter > 1 else last.clone()
-        iteration = _Iteration(clouds, now, rhos=rhos, epsilon_factor=epsilon_factor, tolerance=tol)
+        of_each = now.unsqueeze(1).expand_as(a).flatten()
+        iteration = _Iteration(clouds, of_each, rhos=rhos, epsilon_factor=epsilon_factor, tolerance=tol)
         blocks = iteration.row_blocks[0]
         errors = last.new_full((len(last), blocks), torch.inf)
         stages = _Stages(now, torch.empty_like(now), last, errors, torch.empty_like(errors), iterations)
@@ -735,11 +747,14 @@ def _variants() -> dict[str, Any]:
         types |= {f"{key}_ptr": "*fp64:16" for key in doubles}
         types |= {"counts_ptr": "*i32:16", "iterations_ptr": "*i64:16"} | dict.fromkeys(_COUNTS, "i32")
         types |= dict.fromkeys(("epsilon", "next_epsilon", "rho", "least", "epsilon_factor", "tolerance"), "fp64")
-        # Of three problems in one launch, epsilon a number, or of points with themselves, a batch of them.
+        # Of three problems in one launch, or a batch of one; of points with themselves, a batch, or one problem.
         of_own = ("rhos", "epsilons", "next_epsilons", "last_epsilons", "errors", "new_errors", "iterations", "counts")
         forms = {"": {"HAS_PAIR": True, "HAS_OWN": True} | {f"{key}_ptr": None for key in of_own}}
         if name in ("sqeuclidean 64 tf32x3", "sqeuclidean 3"):
+            forms[" batch"] = forms[""] | {"HAS_OWN": False}
+            del forms[" batch"]["counts_ptr"]
             forms[" self"] = {"HAS_PAIR": False, "HAS_OWN": True}
+            forms[" balanced self"] = forms[" self"] | {"rhos_ptr": None, "counts_ptr": None}
         for form, of_form in forms.items():
             of_form |= {"halves_ptr": None} if is_direct else {}
             of_form |= {"SLOTS": _MOST_GROUPS}
