@@ -128,4 +128,15 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "Tensor row_factors, Tensor column_factors, Tensor row_kappas, Tensor column_kappas, Tensor rows, Tensor "
       "columns, "
       "int point_cost, bool transposed) -> (Tensor rows, Tensor columns)");
+
+  // Progressive partial transport: csrc/partial_transport, pyreg/ops/partial_transport.py. Both of k classes and a
+  // virtual one, whose scalings are logarithms.
+  library.def(
+      "partial_transport(Tensor logits, Tensor? gain, Tensor targets, Tensor initial, float epsilon, float gamma, int "
+      "max_iter, float tol, bool with_energy) -> (Tensor plan, Tensor scalings, Tensor error, Tensor iterations, "
+      "Tensor energy)");
+  library.def(
+      "semantic_partial_transport(Tensor logits, Tensor similarity, bool is_features, Tensor targets, float "
+      "semantic_weight, int mm_iter, float mm_tol, float epsilon, float gamma, int max_iter, float tol) -> (Tensor "
+      "plan, Tensor error, Tensor iterations)");
 }
