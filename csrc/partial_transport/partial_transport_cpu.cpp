@@ -71,10 +71,12 @@ class Solver {
         base_(wide_),
         next_(wide_),
         moved_(wide_),
+        share_(wide_),
         dormant_(wide_) {
     if (stride_ != k_) advise_huge_pages(kernel_, sizeof(A) * static_cast<size_t>(n_ * stride_));
     for (int64_t j = 0; j < wide_; ++j) {
       beta_.get()[j] = is_present(j) ? args.log_scalings[j] : 0;
+      moved_.get()[j] = share_.get()[j] = 0;
       dormant_.get()[j] = false;
     }
     for (int64_t i = 0; i < kLanes<A>; ++i) virtual_.get()[n_ + i] = 0;
@@ -129,7 +131,7 @@ class Solver {
 
   bool is_present(int64_t j) const { return j <= k_ && args_.targets[j] > 0; }
   bool is_done() const { return error_ <= args_.tolerance; }
-  double kappa(int64_t j) const { return j < k_ ? args_.kappa : 1; }
+  double kappa(int64_t j) const { return j < k_ ? 1 / (1 + args_.epsilon_by_gamma) : 1; }
 
   // The logarithm of a scaling from that of what the columns' sum is with a scaling of exp(at).
   double updated(int64_t j, double at, double log_sum) const {
@@ -314,13 +316,12 @@ class Solver {
       }
       has_dormant = true;
     }
-    error_ = 0;
     for (int64_t j = 0; j <= k_; ++j) {
-      if (!is_present(j) || !(sums[j] >= kLeastShare<A> * static_cast<double>(n_))) continue;
-      step_to(j, updated(j, base_.get()[j], std::log(sums[j])));
+      const bool is_sound = sums[j] >= kLeastShare<A> * static_cast<double>(n_);
+      next_.get()[j] = is_sound ? updated(j, base_.get()[j], std::log(sums[j])) : beta_.get()[j];
     }
+    end_iteration();
     set_scalings();
-    ++iteration_;
     const bool is_end = is_done() || iteration_ + 1 >= args_.max_iterations;
     if (has_dormant && (is_end || ++since_exact_ >= kBetweenExact) && iteration_ < args_.max_iterations) {
       needs_exact_ = true;
@@ -329,10 +330,34 @@ class Solver {
     return iteration_ < args_.max_iterations && !is_done() && distance() <= kFarthest;
   }
 
-  void step_to(int64_t j, double next) {
-    moved_.get()[j] = std::abs(next - beta_.get()[j]);
-    error_ += args_.targets[j] * moved_.get()[j] / kappa(j);
-    beta_.get()[j] = next;
+  // Of the columns' next scalings.
+  void end_iteration() {
+    const double shift = dual_shift();
+    error_ = 0;
+    for (int64_t j = 0; j <= k_; ++j) {
+      if (!is_present(j)) continue;
+      const double next = next_.get()[j] + shift;
+      moved_.get()[j] = std::abs(next - beta_.get()[j]);
+      error_ += args_.targets[j] * moved_.get()[j] / kappa(j);
+      beta_.get()[j] = next;
+    }
+    ++iteration_;
+  }
+
+  // Exact differences from the least of beta: a large gamma must not multiply their rounding.
+  double dual_shift() const {
+    const double rate = args_.epsilon_by_gamma;
+    if (rate == 0) return 0;
+    double least = INFINITY, sum = 0, mass = 0;
+    for (int64_t j = 0; j < k_; ++j) {
+      if (is_present(j)) least = std::fmin(least, next_.get()[j]);
+    }
+    for (int64_t j = 0; j < k_; ++j) {
+      if (!is_present(j)) continue;
+      sum += args_.targets[j] * std::expm1(-rate * (next_.get()[j] - least));
+      mass += args_.targets[j];
+    }
+    return std::log1p(sum / mass) / rate - least;
   }
 
   // In the logarithms: the same, be the scalings what they may.
@@ -340,9 +365,7 @@ class Solver {
     for (int64_t j = 0; j < wide_; ++j) next_.get()[j] = is_present(j) ? beta_.get()[j] : -INFINITY;
     masked_base_ = next_.get();
     for_each_block([&](int64_t block) { add_log_rows(block); });
-    error_ = 0;
     for (int64_t j = 0; j <= k_; ++j) {
-      if (!is_present(j)) continue;
       double maximum = kLeastExponent, sum = 0;
       for (int64_t block = 0; block < blocks_; ++block) {
         maximum = std::fmax(maximum, maxima_.get()[block * wide_ + j]);
@@ -351,12 +374,13 @@ class Solver {
         sum += sums_.get()[block * wide_ + j] * std::exp(maxima_.get()[block * wide_ + j] - maximum);
       }
       const double log_sum = maximum + std::log(sum), before = beta_.get()[j];
-      if (!std::isfinite(log_sum)) continue;
-      step_to(j, updated(j, before, log_sum));
-      const double share = std::exp(log_sum + beta_.get()[j] - before) / static_cast<double>(n_);
-      dormant_.get()[j] = moved_.get()[j] < 1 && share < kNegligibleShare;
+      next_.get()[j] = std::isfinite(log_sum) ? updated(j, before, log_sum) : before;
+      share_.get()[j] = std::exp(log_sum + next_.get()[j] - before) / static_cast<double>(n_);
     }
-    ++iteration_;
+    end_iteration();
+    for (int64_t j = 0; j <= k_; ++j) {
+      dormant_.get()[j] = moved_.get()[j] < 1 && share_.get()[j] < kNegligibleShare;
+    }
     since_exact_ = 0;
   }
 
@@ -435,7 +459,7 @@ class Solver {
   // Of all columns:
   Scratch<A> v_;
   A virtual_v_ = 0;
-  Scratch<double> beta_, base_, next_, moved_;
+  Scratch<double> beta_, base_, next_, moved_, share_;
   Scratch<bool> dormant_;
   const double* masked_base_ = nullptr;  // minus infinity for columns that are not there
   double error_ = INFINITY;

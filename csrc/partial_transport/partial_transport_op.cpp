@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> partial_transport(Tensor logi
   args.logits = contiguous.const_data_ptr();
   args.targets = static_cast<const double*>(targets.const_data_ptr());
   args.epsilon = epsilon;
-  args.kappa = 1 / (1 + epsilon / gamma);
+  args.epsilon_by_gamma = epsilon / gamma;
   args.max_iterations = max_iter;
   args.tolerance = tol;
   args.log_scalings = static_cast<double*>(scalings.mutable_data_ptr());

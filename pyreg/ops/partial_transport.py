@@ -7,6 +7,7 @@ Kernel: ``csrc/partial_transport``; on CUDA ``csrc/sinkhorn`` and torch's own op
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from pyreg.reference import partial_transport as reference
 
 # A prior's sum may differ from 1 by what rounding leaves of it.
 _PRIOR_TOLERANCE = 1e-3
+
+# On CUDA, iterations between two shifts of all scalings: few at first, when they are large, and no more than that later.
+_FIRST_STAGE, _LONGEST_STAGE = 4, 64
 
 # Entries whose exponents are formed in float64 at a time, whose digits a small epsilon needs.
 _BLOCK_ENTRIES = 1 << 24
@@ -329,7 +333,8 @@ def _on_cuda(
     with_energy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``pyreg::partial_transport`` by ``pyreg::sinkhorn`` on a cost of k + 1 columns, from which the rows' maxima are
-    taken: rows hold, so that what their costs have in common is nothing to the plan."""
+    taken: rows hold, so that what their costs have in common is nothing to the plan. Scalings are shifted between stages
+    of iterations instead of after each; a stage that is done costs the one iteration that says so."""
     n, k = logits.shape
     dtype = _library.accumulate_dtype(logits.dtype)
     centred = logits.to(dtype)
@@ -341,11 +346,17 @@ def _on_cuda(
     b = targets.unsqueeze(0).contiguous()
     rho = torch.full_like(b, gamma)
     rho[:, k] = math.inf
-    start = torch.where(is_there, epsilon * initial, -torch.inf).unsqueeze(0).contiguous()
-    at = a.new_full((1,), epsilon)
-    _, g, error, iterations = _library.operator("sinkhorn")(
-        *(cost.unsqueeze(0), a, b, a.log(), b.log(), None, rho, at, at, 0.5, True, max_iter, tol, start)
-    )
+    g = torch.where(is_there, epsilon * initial, -torch.inf).unsqueeze(0).contiguous()
+    at, log_a, log_b = a.new_full((1,), epsilon), a.log(), b.log()
+    error, iterations = at, torch.zeros_like(at, dtype=torch.int64)
+    for stage in _stages(max_iter):
+        _, g, error, made = _library.operator("sinkhorn")(
+            *(cost.unsqueeze(0), a, b, log_a, log_b, None, rho, at, at, 0.5, True, stage, tol, g)
+        )
+        iterations = iterations + made
+        if gamma < math.inf:
+            shift = epsilon * _dual_shift(g[0, :k] / epsilon, targets[:k], epsilon / gamma)
+            g, error = g + shift, error + shift.abs() / epsilon
     plan = torch.empty_like(centred)
     rows = max(_BLOCK_ENTRIES // (k + 1), 1)
     for first in range(0, n, rows):
@@ -356,6 +367,21 @@ def _on_cuda(
         q = plan / n
         energy = (q * (log_sums - centred) + epsilon * torch.xlogy(q, q)).sum(dtype=torch.float64).unsqueeze(0)
     return plan, torch.where(is_there, g[0] / epsilon, 0), error, iterations, energy
+
+
+def _dual_shift(log_scalings: Tensor, targets: Tensor, rate: float) -> Tensor:
+    """As in ``csrc/partial_transport/partial_transport_cpu.cpp``."""
+    least = log_scalings.masked_fill(targets == 0, torch.inf).amin()
+    terms = targets * torch.expm1(-rate * (log_scalings - least).masked_fill(targets == 0, 0))
+    return torch.log1p(terms.sum() / targets.sum()) / rate - least
+
+
+def _stages(max_iter: int) -> Iterator[int]:
+    """Numbers of iterations that add up to all."""
+    stage = _FIRST_STAGE
+    while max_iter > 0:
+        yield min(stage, max_iter)
+        max_iter, stage = max_iter - stage, min(2 * stage, _LONGEST_STAGE)
 
 
 def _semantic(

@@ -10,6 +10,10 @@ where target is mass / k, or mass times a class prior, and the penalty is of the
     K = exp(-[C, 0] / epsilon)
     a = (1 / n) / (K b),    b_j = (target_j / (K^T a)_j)^(gamma / (gamma + epsilon)),    b_k = (1 - mass) / (K^T a)_k
 
+A factor that b gains and a loses changes no plan, but what the penalty asks for: the one that makes the dual largest,
+(sum_j target_j b_j^(-epsilon / gamma) / mass)^(gamma / epsilon) over the real classes, is 1 at the solution, and
+multiplied into b it saves the many iterations that are slow to find it where the mass is small.
+
 The pseudo-labels are n Q without its last column. The semantic form subtracts semantic_weight <S, Q Q^T> for a
 similarity S of samples; majorised at the Q before, that is the problem above with the cost C - semantic_weight (S + S^T)
 Q, solved again and again.
@@ -87,10 +91,19 @@ def _solve(cost: Tensor, targets: Tensor, epsilon: float, gamma: float, max_iter
         log_a = -exponents.add(log_b).logsumexp(1, keepdim=True)  # but for n
         masses = exponents.add(log_a).logsumexp(0)
         before, log_b = log_b, kappa * (targets.log() + math.log(n) - masses)
+        if gamma < math.inf:
+            log_b = log_b + _dual_shift(log_b[:-1], targets[:-1], epsilon / gamma)
         error = torch.where(targets > 0, targets * (log_b - before).abs() / kappa, 0).sum()
         if error <= tol:
             break
     return exponents.add(log_b).softmax(1)[:, :-1]
+
+
+def _dual_shift(log_b: Tensor, targets: Tensor, rate: float) -> Tensor:
+    """`log( sum target b^-rate / sum target ) / rate`, without rounding that a small rate would multiply."""
+    least = log_b.masked_fill(targets == 0, torch.inf).amin()
+    terms = targets * torch.expm1(-rate * (log_b - least).masked_fill(targets == 0, 0))
+    return torch.log1p(terms.sum() / targets.sum()) / rate - least
 
 
 def _objective(q: Tensor, cost: Tensor, similarity: Tensor, semantic_weight: float, epsilon: float) -> float:
