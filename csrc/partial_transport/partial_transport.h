@@ -6,11 +6,12 @@
 //   beta_j  <- kappa_j ( log target_j + log n + beta_j - log sum_i plan_ij )
 //   beta_j  <- beta_j + gamma / eps log( sum_{j < k} target_j exp(-eps / gamma beta_j) / sum_{j < k} target_j )
 //
-// beta is the logarithm of the columns' scaling; kappa = gamma / (gamma + eps), 1 for the virtual class. Rows must hold,
-// so that they have no state: a row's scaling is the inverse of its sum, and whatever its scores have in common cancels.
-// The last step is the constant, added to all of beta and taken from the rows' scalings, of which the plan knows nothing,
-// that makes the dual largest: by the step before alone it is approached at the rate kappa, be the plan ever so good.
-// The logarithm of the softmax is never formed: scores are x_ij - max, and logsumexp - max of the virtual class.
+// beta is the logarithm of the columns' scaling; kappa = gamma / (gamma + eps), 1 for the virtual class. Rows must
+// hold, so that they have no state: a row's scaling is the inverse of its sum, and whatever its scores have in common
+// cancels. The last step is the constant, added to all of beta and taken from the rows' scalings, of which the plan
+// knows nothing, that makes the dual largest: by the step before alone it is approached at the rate kappa, be the plan
+// ever so good. The logarithm of the softmax is never formed: scores are x_ij - max, and logsumexp - max of the virtual
+// class.
 //
 // Stabilised scaling: with K = exp(base_j + score_ij / eps - largest_i) formed once and v = exp(beta - base),
 //

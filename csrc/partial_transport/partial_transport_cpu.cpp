@@ -37,10 +37,10 @@ constexpr int64_t kBetweenExact = 16;
 constexpr int64_t kTogether = 4;
 constexpr int64_t kTileBytes = 32 << 10;
 constexpr int64_t kChunkRows = 128;
-constexpr int64_t kMostBlocks = 16;         // of rows: the most threads that take part
-constexpr int64_t kBlockEntries = 60000;    // a block of no fewer
-constexpr int64_t kLeastShared = 1 << 16;   // entries from which on a second thread has begun before an iteration ends
-constexpr double kLeastExponent = -1e300;   // a maximum to begin with, which may be subtracted from minus infinity
+constexpr int64_t kMostBlocks = 16;        // of rows: the most threads that take part
+constexpr int64_t kBlockEntries = 60000;   // a block of no fewer
+constexpr int64_t kLeastShared = 1 << 16;  // entries from which on a second thread has begun before an iteration ends
+constexpr double kLeastExponent = -1e300;  // a maximum to begin with, which may be subtracted from minus infinity
 
 template <typename Storage>
 class Solver {
@@ -87,8 +87,7 @@ class Solver {
     while (iteration_ < args_.max_iterations && !is_done()) {
       build_kernel();
       needs_exact_ = false;
-      repeat_in_parallel(
-          blocks_, [&](int64_t block) { scale_rows(block); }, [&] { return scale_columns(); });
+      repeat_in_parallel(blocks_, [&](int64_t block) { scale_rows(block); }, [&] { return scale_columns(); });
       if (needs_exact_) exact_iteration();
     }
     if (needs_exact_ || distance() > kFarthest) build_kernel();

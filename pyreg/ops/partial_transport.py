@@ -19,7 +19,7 @@ from pyreg.reference import partial_transport as reference
 # A prior's sum may differ from 1 by what rounding leaves of it.
 _PRIOR_TOLERANCE = 1e-3
 
-# On CUDA, iterations between two shifts of all scalings: few at first, when they are large, and no more than that later.
+# On CUDA, iterations between two shifts of all scalings: few at first, when shifts are large.
 _FIRST_STAGE, _LONGEST_STAGE = 4, 64
 
 # Entries whose exponents are formed in float64 at a time, whose digits a small epsilon needs.
@@ -65,6 +65,9 @@ def progressive_partial_transport(
         tol: iterations end where ``sum_j target_j |step of beta_j| / kappa_j <= tol``, with ``kappa = gamma / (gamma +
             epsilon)``, and 1 for the virtual class; 0 makes all of them, and warns of nothing.
 
+    Between iterations all scalings are multiplied by the factor that makes the dual largest, which changes no plan, and
+    has the masses of the classes add up to ``mass``: at ``mass = 0.1`` that saves most of some thousand iterations.
+
     The released code ends where ``|b - b_old|_2 <= tol`` for the scalings ``b = exp(beta)``, which says more or less
     according to how large they are, and nothing where they overflow. Here steps are relative, and weighted by the
     classes' masses: to the first order the criterion is by how much those masses, all together 1, differ from what
@@ -73,7 +76,8 @@ def progressive_partial_transport(
 
     Returns:
         ``[n, k]``, in float64 for float64 logits and in float32 otherwise, in which the iteration is made too; on any
-        device deterministic. Memory needed beside it: at most 1.2 times the result's where k is 80 or more.
+        device deterministic. Memory needed beside it: for 100 classes on the CPU 1.2 times the result's, from 7 classes
+        on less than three times. Labels of less than 1e-30 may be 0.
 
     Gradient:
         None: pseudo-labels are targets, and logits are detached.
@@ -150,7 +154,8 @@ def semantic_partial_transport(
             all of them. On CUDA each look waits for the GPU, but for 0; a CUDA graph takes all steps.
 
     Returns:
-        ``[n, k]``, as of :func:`progressive_partial_transport`. Memory needed beside it: three times the result's.
+        ``[n, k]``, as of :func:`progressive_partial_transport`. Memory needed beside it: that of
+        :func:`progressive_partial_transport`, and twice the result's.
 
     Gradient:
         None: all tensors are detached.
@@ -180,8 +185,17 @@ def semantic_partial_transport(
     if not _library.has_kernel(logits):
         alike = alike.to(options.dtype)
         return reference.semantic_partial_transport(
-            *(logits.to(options.dtype), alike if features is None else alike @ alike.mT, options.mass, semantic_weight),
-            *(mm_iter, mm_tol, options.epsilon, options.gamma, prior, max_iter, options.tol),
+            logits.to(options.dtype),
+            alike if features is None else alike @ alike.mT,
+            options.mass,
+            semantic_weight,
+            mm_iter,
+            mm_tol,
+            options.epsilon,
+            options.gamma,
+            prior,
+            max_iter,
+            options.tol,
         )
     labels, error, iterations = _library.operator("semantic_partial_transport")(
         *(logits, alike, features is not None, targets, semantic_weight, mm_iter, mm_tol),
@@ -213,7 +227,7 @@ class _Options:
                 f"{operator}: expected logits [n, k] with at least as many samples as classes, got {[n, k]}; append "
                 "those of earlier batches, as the memory bank of pyreg.nn.ProgressivePseudoLabels does"
             )
-        self.mass = _check_mass(operator, "mass", mass)
+        self.mass = check_mass(operator, "mass", mass)
         self.epsilon = _checks.check_number(operator, "epsilon", epsilon, 0, or_equal=False)
         self.gamma = gamma if gamma == math.inf else _checks.check_number(operator, "gamma", gamma, 0, or_equal=False)
         if not isinstance(max_iter, int) or max_iter < 1:
@@ -242,9 +256,7 @@ class _Options:
         operator, k = self._operator, self._logits.shape[1]
         self._check_beside("prior", prior)
         if not prior.is_floating_point():
-            raise TypeError(
-                f"{operator}: expected prior to be floating, got {prior.dtype}; divide counts by their sum"
-            )
+            raise TypeError(f"{operator}: expected prior to be floating, got {prior.dtype}; divide counts by their sum")
         if prior.shape != (k,):
             raise ValueError(f"{operator}: expected prior of shape [k] = [{k}], got {list(prior.shape)}")
         prior = prior.detach().double()
@@ -273,8 +285,8 @@ class _Options:
         self._check_beside(name, tensor)
         if tensor.dtype != self._logits.dtype:
             raise TypeError(
-                f"{operator}: expected {name} of the dtype of logits, {self._logits.dtype}, got {tensor.dtype}; convert "
-                f"it with {name}.to({self._logits.dtype})"
+                f"{operator}: expected {name} of the dtype of logits, {self._logits.dtype}, got {tensor.dtype}; "
+                f"convert it with {name}.to({self._logits.dtype})"
             )
         if features is None and tensor.shape != (n, n):
             hint = "; give features [n, d] as features=" if tensor.dim() == 2 and tensor.shape[0] == n else ""
@@ -308,7 +320,7 @@ class _Options:
             )
 
 
-def _check_mass(operator: str, name: str, mass: float) -> float:
+def check_mass(operator: str, name: str, mass: float) -> float:
     try:
         fits = 0 < mass <= 1
     except TypeError:
@@ -333,8 +345,8 @@ def _on_cuda(
     with_energy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``pyreg::partial_transport`` by ``pyreg::sinkhorn`` on a cost of k + 1 columns, from which the rows' maxima are
-    taken: rows hold, so that what their costs have in common is nothing to the plan. Scalings are shifted between stages
-    of iterations instead of after each; a stage that is done costs the one iteration that says so."""
+    taken: rows hold, so that what their costs have in common is nothing to the plan. Scalings are shifted between
+    stages of iterations, not after each; a stage that is done costs the one iteration that says so."""
     n, k = logits.shape
     dtype = _library.accumulate_dtype(logits.dtype)
     centred = logits.to(dtype)
@@ -415,6 +427,7 @@ def _semantic(
     scalings = torch.zeros_like(targets)
     gain, objective = gain_of(labels), math.nan
     for i in range(mm_iter):
+        del labels
         labels, scalings, error, iterations, energy = step(
             logits, gain, targets, scalings, epsilon, gamma, max_iter, tol, can_look
         )

@@ -15,8 +15,8 @@ A factor that b gains and a loses changes no plan, but what the penalty asks for
 multiplied into b it saves the many iterations that are slow to find it where the mass is small.
 
 The pseudo-labels are n Q without its last column. The semantic form subtracts semantic_weight <S, Q Q^T> for a
-similarity S of samples; majorised at the Q before, that is the problem above with the cost C - semantic_weight (S + S^T)
-Q, solved again and again.
+similarity S of samples; majorised at the Q before, that is the problem above with the cost
+C - semantic_weight (S + S^T) Q, solved again and again.
 """
 
 from __future__ import annotations
