@@ -144,7 +144,7 @@ def _plain(n: int, k: int, smoke: bool) -> Workload:
         Contender(FLOOR, reads),
     ]
     # An iteration finds the kernel matrix where the one before it has left it.
-    return Workload(OPERATOR, f"{n}x{k}", "float32", "cpu", make_inputs, contenders, cached=True, resident=n > 10000)
+    return Workload(OPERATOR, f"{n}x{k}", "float32", "cpu", make_inputs, contenders, cached=True, resident=True)
 
 
 def _semantic(n: int, k: int, smoke: bool) -> Workload:
@@ -155,7 +155,9 @@ def _semantic(n: int, k: int, smoke: bool) -> Workload:
         return 2 * torch.randn(rows, classes, generator=generator), torch.nn.functional.normalize(z)
 
     contenders = [contender(OURS, fused_semantic, iterations), contender(RELEASED, released_semantic, iterations)]
-    return Workload(OPERATOR, f"semantic {n}x{k}", "float32", "cpu", make_inputs, contenders, cached=True)
+    return Workload(
+        OPERATOR, f"semantic {n}x{k}", "float32", "cpu", make_inputs, contenders, cached=True, resident=True
+    )
 
 
 def test_speed(measure: Callable[[], None]) -> None:
