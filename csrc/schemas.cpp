@@ -154,4 +154,15 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
       "samples_loss_potentials(Tensor x, Tensor y, Tensor a, Tensor b, int p, float blur, float reach, float diameter, "
       "float scaling, bool debias, bool need_x, bool need_y) -> (Tensor f, Tensor g, Tensor f_self, Tensor g_self, "
       "Tensor slope_f, Tensor slope_g, Tensor slope_f_self, Tensor slope_g_self)");
+
+  // Progressive partial transport: csrc/partial_transport, pyreg/ops/partial_transport.py. Both of k classes and a
+  // virtual one, whose scalings are logarithms.
+  library.def(
+      "partial_transport(Tensor logits, Tensor? gain, Tensor targets, Tensor initial, float epsilon, float gamma, int "
+      "max_iter, float tol, bool with_energy) -> (Tensor plan, Tensor scalings, Tensor error, Tensor iterations, "
+      "Tensor energy)");
+  library.def(
+      "semantic_partial_transport(Tensor logits, Tensor similarity, bool is_features, Tensor targets, float "
+      "semantic_weight, int mm_iter, float mm_tol, float epsilon, float gamma, int max_iter, float tol) -> (Tensor "
+      "plan, Tensor error, Tensor iterations)");
 }

@@ -3,6 +3,7 @@
 from pyreg.ops.conr import conr_loss
 from pyreg.ops.info_nce import info_nce
 from pyreg.ops.linear_stablemax import linear_stablemax_cross_entropy
+from pyreg.ops.partial_transport import progressive_partial_transport, semantic_partial_transport
 from pyreg.ops.sinkhorn import sinkhorn, sinkhorn_points
 from pyreg.ops.sinkhorn_divergence import sinkhorn_divergence
 from pyreg.ops.stablemax import (
@@ -19,6 +20,8 @@ __all__ = [
     "info_nce",
     "linear_stablemax_cross_entropy",
     "log_stablemax",
+    "progressive_partial_transport",
+    "semantic_partial_transport",
     "sinkhorn",
     "sinkhorn_divergence",
     "sinkhorn_points",

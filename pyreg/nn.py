@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyreg import functional
 from pyreg.ops import samples_loss
+from pyreg.ops._checks import check_number
+from pyreg.ops._library import accumulate_dtype
+from pyreg.ops.partial_transport import check_mass
 from pyreg.ops.weight_compander import KINDS
 
 if TYPE_CHECKING:
@@ -18,6 +22,7 @@ __all__ = [
     "ConRLoss",
     "InfoNCELoss",
     "LinearStableMaxCrossEntropyLoss",
+    "ProgressivePseudoLabels",
     "SamplesLoss",
     "StableMaxCrossEntropyLoss",
     "SupConLoss",
@@ -238,6 +243,213 @@ class InfoNCELoss(torch.nn.Module):
 def _group_repr(group: dist.ProcessGroup | bool | None) -> str:
     """Said where there is one."""
     return "" if group is None else f", group={'default' if group is True else group}"
+
+
+class ProgressivePseudoLabels(torch.nn.Module):
+    r"""Pseudo-labels of a growing part of the samples, for deep imbalanced clustering by self-labelling.
+
+    .. code-block:: text
+
+        t    = min(step / ramp_steps, 1)
+        mass = start_mass + (end_mass - start_mass) exp(-5 (1 - t)^2)
+
+    A call in training mode is a step: it gives the labels of a batch at the mass of now, then remembers the batch. In
+    evaluation mode a call changes nothing. Labels are those of :func:`pyreg.functional.progressive_partial_transport`
+    or, with a semantic weight, of :func:`~pyreg.functional.semantic_partial_transport` with the weight times ``1 -
+    mass``: as more samples take part, what is alike counts for less.
+
+    Balance between classes is a matter of many samples. With a memory bank a batch is labelled together with the
+    logits, and features, of the ``bank_size`` samples before it, as they were then. While batch and bank have fewer
+    samples than there are classes nothing takes part: all labels are 0.
+
+    Args:
+        num_classes: k, at least 1.
+        ramp_steps: how many steps the mass grows for, at least 1.
+        start_mass, end_mass: in (0, 1].
+        epsilon, gamma, prior, max_iter, tol: as of :func:`pyreg.functional.progressive_partial_transport`. The prior is
+            a buffer.
+        semantic_weight: at least 0; above it, calls take features.
+        mm_iter, mm_tol: as of :func:`pyreg.functional.semantic_partial_transport`.
+        bank_size: samples that are remembered; 0: none.
+        feature_dim: d; needed where there are a bank and a semantic weight.
+        device, dtype: of the bank; that of the logits and features that are passed.
+
+    Shape:
+        ``logits``: ``[n, k]``. ``features``: ``[n, d]``, whose Gram matrix is the similarity; normalise them for
+        cosines. Labels: ``[n, k]``, those of the batch alone; float64 for float64 logits, else float32.
+
+    The state, saved with the state dict, is the bank and the number of steps, in plain integers: no call waits for a
+    GPU because of it.
+
+    Raises:
+        ValueError, TypeError: options and inputs that do not fit; the message says what was expected.
+
+    Source: as of :func:`pyreg.functional.progressive_partial_transport`.
+
+    Example:
+        >>> labelling = pyreg.nn.ProgressivePseudoLabels(10, ramp_steps=1000, bank_size=512)
+        >>> model = torch.nn.Linear(32, 10)
+        >>> weak, strong = torch.randn(64, 32), torch.randn(64, 32)
+        >>> labels = labelling(model(weak))
+        >>> (-(labels * model(strong).log_softmax(1)).sum() / labels.sum()).backward()
+    """
+
+    prior: Tensor | None
+    bank_logits: Tensor | None
+    bank_features: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        ramp_steps: int,
+        start_mass: float = 0.1,
+        end_mass: float = 1.0,
+        epsilon: float = 0.1,
+        gamma: float = 1.0,
+        prior: Tensor | None = None,
+        semantic_weight: float = 0.0,
+        mm_iter: int = 10,
+        mm_tol: float = 1e-6,
+        bank_size: int = 0,
+        feature_dim: int | None = None,
+        max_iter: int = 1000,
+        tol: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        operator = type(self).__name__
+        self.num_classes = _check_integer(operator, "num_classes", num_classes, 1)
+        self.ramp_steps = _check_integer(operator, "ramp_steps", ramp_steps, 1)
+        self.start_mass = check_mass(operator, "start_mass", start_mass)
+        self.end_mass = check_mass(operator, "end_mass", end_mass)
+        self.semantic_weight = check_number(operator, "semantic_weight", semantic_weight, 0, or_equal=True)
+        self.bank_size = _check_integer(operator, "bank_size", bank_size, 0)
+        if feature_dim is not None:
+            feature_dim = _check_integer(operator, "feature_dim", feature_dim, 1)
+        elif self.bank_size > 0 and self.semantic_weight > 0:
+            raise ValueError(
+                f"{operator}: expected feature_dim with a memory bank and a semantic_weight above 0, got None; it is d "
+                "of the features [n, d]"
+            )
+        self.feature_dim = feature_dim
+        self.epsilon, self.gamma, self.max_iter, self.tol = epsilon, gamma, max_iter, tol
+        self.mm_iter, self.mm_tol = mm_iter, mm_tol
+        self.register_buffer("prior", None if prior is None else prior.detach().clone())
+
+        def bank(width: int) -> Tensor | None:
+            return torch.zeros(self.bank_size, width, device=device, dtype=dtype) if self.bank_size > 0 else None
+
+        self.register_buffer("bank_logits", bank(self.num_classes))
+        self.register_buffer("bank_features", bank(feature_dim) if feature_dim and self.semantic_weight > 0 else None)
+        self._steps = self._remembered = 0  # of training; samples ever, of which the bank has the last
+
+    @property
+    def steps(self) -> int:
+        """Calls in training mode so far."""
+        return self._steps
+
+    @property
+    def mass(self) -> float:
+        """The part of all mass that the next call transports."""
+        t = min(self._steps / self.ramp_steps, 1.0)
+        return self.start_mass + (self.end_mass - self.start_mass) * math.exp(-5 * (1 - t) ** 2)
+
+    @property
+    def bank_count(self) -> int:
+        """Samples in the bank."""
+        return min(self._remembered, self.bank_size)
+
+    def forward(self, logits: Tensor, features: Tensor | None = None) -> Tensor:
+        self._check(logits, features)
+        logits = logits.detach()
+        features = features.detach() if features is not None and self.semantic_weight > 0 else None
+        labels = self._labels(self._with_bank(logits, self.bank_logits), self._with_bank(features, self.bank_features))
+        labels = labels[: len(logits)]
+        if self.training:
+            self._remember(logits, features)
+            self._steps += 1
+        return labels
+
+    def _labels(self, logits: Tensor, features: Tensor | None) -> Tensor:
+        if len(logits) < self.num_classes:
+            return logits.new_zeros(logits.shape, dtype=accumulate_dtype(logits.dtype))
+        options: dict[str, Any] = {
+            **{"mass": self.mass, "epsilon": self.epsilon, "gamma": self.gamma, "prior": self.prior},
+            **{"max_iter": self.max_iter, "tol": self.tol},
+        }
+        semantic_weight = self.semantic_weight * (1 - self.mass)
+        if features is None or semantic_weight == 0:
+            return functional.progressive_partial_transport(logits, **options)
+        return functional.semantic_partial_transport(
+            logits,
+            features=features,
+            semantic_weight=semantic_weight,
+            mm_iter=self.mm_iter,
+            mm_tol=self.mm_tol,
+            **options,
+        )
+
+    def _with_bank(self, rows: Any, bank: Tensor | None) -> Any:
+        if rows is None or bank is None or self.bank_count == 0:
+            return rows
+        return torch.cat([rows, bank[: self.bank_count]])
+
+    def _remember(self, logits: Tensor, features: Tensor | None) -> None:
+        """The last rows of the batch, in place of the oldest."""
+        for rows, bank in ((logits, self.bank_logits), (features, self.bank_features)):
+            if rows is None or bank is None:
+                continue
+            rows = rows[-self.bank_size :]
+            first = (self._remembered + len(logits) - len(rows)) % self.bank_size
+            before_end = min(len(rows), self.bank_size - first)
+            bank[first : first + before_end] = rows[:before_end]
+            bank[: len(rows) - before_end] = rows[before_end:]
+        self._remembered += len(logits)
+
+    def _check(self, logits: Tensor, features: Tensor | None) -> None:
+        operator = type(self).__name__
+        expected: list[tuple[str, Tensor | None, int | None, Tensor | None]] = [
+            ("logits", logits, self.num_classes, self.bank_logits)
+        ]
+        if self.semantic_weight > 0:
+            if features is None:
+                raise ValueError(f"{operator}: expected features [n, d] with a semantic_weight above 0, got None")
+            expected.append(("features", features, self.feature_dim, self.bank_features))
+        for name, rows, width, bank in expected:
+            if not isinstance(rows, Tensor):
+                raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(rows).__name__}")
+            fits = rows.dim() == 2 and len(rows) == len(logits) and (width is None or rows.shape[1] == width)
+            if not fits:
+                size = "n" if name == "logits" else str(len(logits))
+                raise ValueError(
+                    f"{operator}: expected {name} of shape [{size}, {width or 'd'}], got {list(rows.shape)}"
+                )
+            if bank is not None and (rows.dtype != bank.dtype or rows.device != bank.device):
+                raise TypeError(
+                    f"{operator}: expected {name} of the memory bank's dtype {bank.dtype} on {bank.device}, got "
+                    f"{rows.dtype} on {rows.device}; construct the module with dtype= and device=, or move it by .to()"
+                )
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": self._steps, "remembered": self._remembered}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self._steps, self._remembered = state["steps"], state["remembered"]
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.num_classes}, ramp_steps={self.ramp_steps}, start_mass={self.start_mass}, "
+            f"end_mass={self.end_mass}, epsilon={self.epsilon}, gamma={self.gamma}, "
+            f"semantic_weight={self.semantic_weight}, bank_size={self.bank_size}"
+        )
+
+
+def _check_integer(operator: str, name: str, value: int, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{operator}: expected {name} to be an integer >= {least}, got {value!r}")
+    return value
 
 
 class SamplesLoss(torch.nn.Module):
