@@ -16,7 +16,7 @@ begin with the same ones, see the same batches and make the same number of steps
 and none was chosen by its figures. Costs are squared distances, and epsilon is --epsilon times their mean between the
 training samples, everywhere. The gap then has a floor of epsilon log n, which the true map has as well.
 
-    python examples/monge_map.py [--problems gaussians-2 gaussians-8 digits] [--steps 300] [--seeds 6] [--weight 1]
+    python examples/monge_map.py [--problems gaussians-2 gaussians-8 digits] [--steps 300] [--seeds 8] [--weight 1]
                                  [--epsilon 0.02] [--device cpu] [--output examples/monge_map.png] [--quick]
 """
 
@@ -324,7 +324,7 @@ def plot(results: dict[str, list[Method]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_arrows(method: Method, true: Method, axis: Axes, count: int = 60) -> None:
+def plot_arrows(method: Method, true: Method, axis: Axes, count: int = 40) -> None:
     x, mapped = (points[:count] for points in method.runs[0].points)
     _, truth = (points[:count] for points in true.runs[0].points)
     axis.plot(*x.t(), "o", color="0.75", markersize=3)
@@ -366,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Method]]:
     parser = argparse.ArgumentParser(description="Optimal transport maps, with and without the Monge gap.")
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="default: all")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=6, help="how many problems of a kind, and initial weights")
+    parser.add_argument("--seeds", type=int, default=8, help="how many problems of a kind, and initial weights")
     parser.add_argument("--weight", type=float, default=1.0, help="of the Monge gap")
     parser.add_argument("--epsilon", type=float, default=0.02, help="of entropic transport, in mean costs")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
