@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyreg.reference import conr, info_nce, orthograd, sinkhorn, stablemax, supcon, weight_compander
+from pyreg.reference import conr, info_nce, orthograd, partial_transport, sinkhorn, stablemax, supcon, weight_compander
 
 GOLDEN = Path(__file__).parent / "golden"
 INF = math.inf
@@ -799,3 +799,40 @@ class TestSinkhorn:
         y[0] = 0
         _, *gradients = value_and_gradients(lambda *points: sinkhorn.pairwise_cost(*points, cost), x, y)
         assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+class TestPartialTransport:
+    @pytest.mark.parametrize("number", range(2))
+    def test_golden(self, number) -> None:
+        golden = np.load(GOLDEN / f"ppot_{number}.npz")
+        logits, similarity = (torch.from_numpy(golden[key]) for key in ("logits", "similarity"))
+        problem = {
+            name: golden[key].item() for name, key in (("mass", "rho"), ("gamma", "gamma"), ("epsilon", "epsilon"))
+        }
+        labels = partial_transport.progressive_partial_transport(logits, **problem)
+        # The files' own scalings have been iterated to some 1e-7.
+        torch.testing.assert_close(labels, torch.from_numpy(golden["ppot_plan_times_n"]).double(), rtol=0, atol=1e-7)
+        labels = partial_transport.semantic_partial_transport(
+            logits, similarity, semantic_weight=golden["mm_lambda"].item(), mm_iter=golden["mm_iters"].item(), **problem
+        )
+        torch.testing.assert_close(labels, torch.from_numpy(golden["sp2ot_plan_times_n"]), rtol=0, atol=1e-7)
+
+    @pytest.mark.parametrize("gamma", [0.5, INF])
+    @pytest.mark.parametrize("mass", [0.3, 1.0])
+    def test_iteration_without_logarithms(self, mass, gamma) -> None:
+        """As it is written in the papers, without a factor that moves all scalings."""
+        logits, epsilon = logits_of((20, 4)), 0.2
+        prior = torch.tensor([0.1, 0.5, 0.15, 0.25], dtype=torch.float64)
+        cost = torch.cat([-logits.log_softmax(1), torch.zeros(20, 1, dtype=torch.float64)], dim=1)
+        shares = torch.empty_like(prior)
+        for rank, column in enumerate(cost[:, :4].sum(0).argsort(descending=True).tolist()):
+            shares[column] = prior.sort(descending=True).values[rank]
+        targets = torch.cat([mass * shares, torch.tensor([1 - mass], dtype=torch.float64)])
+        kernel, b = (-cost / epsilon).exp(), torch.ones(5, dtype=torch.float64)
+        for _ in range(20000):
+            a = 1 / 20 / (kernel @ b)
+            b = targets / (kernel.mT @ a)
+            b[:4] **= 1 / (1 + epsilon / gamma)
+        plan = 20 * (a.unsqueeze(1) * kernel * b)[:, :4]
+        labels = partial_transport.progressive_partial_transport(logits, mass, epsilon, gamma, prior)
+        torch.testing.assert_close(labels, plan, rtol=1e-9, atol=1e-10)
