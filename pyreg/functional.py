@@ -3,6 +3,7 @@
 from pyreg.ops.conr import conr_loss
 from pyreg.ops.info_nce import info_nce
 from pyreg.ops.linear_stablemax import linear_stablemax_cross_entropy
+from pyreg.ops.monge_gap import monge_gap
 from pyreg.ops.sinkhorn import sinkhorn, sinkhorn_points
 from pyreg.ops.stablemax import (
     log_stablemax,
@@ -18,6 +19,7 @@ __all__ = [
     "info_nce",
     "linear_stablemax_cross_entropy",
     "log_stablemax",
+    "monge_gap",
     "sinkhorn",
     "sinkhorn_points",
     "stablemax",

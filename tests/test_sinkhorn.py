@@ -1339,7 +1339,7 @@ X, Y = torch.zeros(3, 2), torch.ones(4, 2)
         ((X, Y.to("meta")), {}, ValueError, "expected y on the device of x, cpu, got meta"),
         ((entry(X, NAN), Y), {}, ValueError, "expected finite numbers in x, got nan"),
         ((X, entry(Y, INF)), {}, ValueError, "expected finite numbers in y, got inf"),
-        ((X, Y), {"cost": "l1"}, ValueError, "expected cost to be 'sqeuclidean', 'euclidean' or 'cosine', got 'l1'"),
+        ((X, Y), {"cost": "l1"}, ValueError, "'cosine' or a function of points, got 'l1'"),
         ((X, Y, torch.ones(4)), {}, ValueError, r"expected a of shape \[n\] = \[3\], got \[4\]"),
         ((X, Y), {"x_offsets": [0, 3]}, ValueError, "expected x_offsets and y_offsets together, got x_offsets alone"),
         ((X, Y), {"x_offsets": [0, 3], "y_offsets": [0, 1, 4]}, ValueError, "as many y_offsets as x_offsets, 2, got 3"),

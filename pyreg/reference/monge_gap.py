@@ -3,8 +3,8 @@
     gap = 1/n sum_i c(x_i, T(x_i)) - W
     W = min <P, C> - epsilon H(P)      H(P) = -sum P log P,   C_ij = c(x_i, T(x_j)),   P 1 = P^T 1 = 1/n
 
-Points x_i and T(x_i) in pairs, `[..., n, d]`. The plan that moves each point by T has the entropy log n, so that the gap
-is at least epsilon log n; where T is optimal it goes there as epsilon goes to 0.
+Points x_i and T(x_i) in pairs, `[..., n, d]`. The plan that moves each point by T has the entropy log n, so that the
+gap is at least epsilon log n; where T is optimal it goes there as epsilon goes to 0.
 """
 
 from __future__ import annotations
