@@ -105,8 +105,9 @@ def monge_gap(
     between = cost_between(operator, computed(source), computed(mapped), cost, problems, streaming)
     if epsilon is None and relative_epsilon is None:
         epsilon = problems.numbers(_default_epsilon(between))
-    uniform, balanced, iteration = (None, None), (None, None), (max_iter, tol, epsilon_scaling, init)
-    options = Options(*uniform, epsilon, relative_epsilon, *balanced, "product", *iteration)
+    options = Options(
+        *(None, None, epsilon, relative_epsilon, None, None, "product", max_iter, tol, epsilon_scaling, init)
+    )
     transport = solve(operator, between, problems, options, source, "source")
 
     displacement = problems.numbers(between.paired().mean(1))
