@@ -1,9 +1,9 @@
 """The Monge gap of a map, with its gradients by source and mapped points.
 
-All contenders make the same number of iterations at the same epsilon, none stops early. The map turns points a little
-and adds noise; epsilon is a twentieth of the mean cost. The eager formula is what one would write who knows the envelope
-theorem: potentials without a graph, and one more half-iteration that has one, which is several times less than a graph
-of all iterations would cost. Compiled are its iteration and that last part.
+All contenders make the same number of iterations at the same epsilon, none stops early. The map exchanges coordinates
+and adds noise; epsilon is a twentieth of the mean cost. The eager formula is what one would write who knows the
+envelope theorem: potentials without a graph, and one more half-iteration that has one, which costs several times less
+than a graph of all iterations. Compiled are its iteration and that last part.
 
 OTT-JAX is timed where `ott_jax.py` finds it. The floor reads a matrix of all pairs once an iteration, and multiplies it
 by the points twice, as both gradients do.

@@ -43,9 +43,10 @@ def monge_gap(
         gap = 1/n sum_i c(x_i, T(x_i)) - W
         W = min <P, C> - epsilon H(P)      H(P) = -sum P log P,   C_ij = c(x_i, T(x_j)),   P 1 = P^T 1 = 1/n
 
-    The plan that moves each point by T has the entropy log n: the gap is at least ``epsilon log n``, 0 for one point,
-    and goes there for an optimal T as epsilon goes to 0. ``W`` is ``sinkhorn_points(source, mapped).value - 2 epsilon
-    log n``. An iteration that ends early gives a gap that is too large, never one that is too small.
+    which is ``-epsilon / n sum_i log P_ii`` of the optimal P. The plan that moves each point by T has the entropy
+    log n: the gap is at least ``epsilon log n``, 0 for one point, and for an optimal T goes to 0 with epsilon. ``W`` is
+    ``sinkhorn_points(source, mapped).value - 2 epsilon log n``. An iteration that ends early gives a gap that is too
+    large, never one that is too small.
 
     Args:
         source: points ``x [n, d]``, or ``[..., n, d]``, a batch of independent problems; float64, float32, bfloat16 or
