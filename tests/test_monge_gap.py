@@ -70,6 +70,23 @@ def test_golden(device: torch.device, number: int, is_function: bool) -> None:
         torch.testing.assert_close(points.grad.cpu(), torch.from_numpy(golden[key]), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("scale", ["std", "mean"])
+@pytest.mark.parametrize("cost", COSTS)
+def test_golden_epsilons(device: torch.device, cost: str, scale: str) -> None:
+    """OTT-JAX 0.6.0's without an epsilon ("std"), and with relative_epsilon="mean"."""
+    golden = np.load(GOLDEN / "monge_gap_epsilons.npz")
+    source, mapped = (torch.from_numpy(golden[key]).to(device).requires_grad_() for key in ("source", "mapped"))
+    options = {"cost": cost, "tol": 1e-10, "max_iter": 20_000}
+    if scale == "mean":
+        options["relative_epsilon"] = golden["relative_epsilon"].item()
+    gap = monge_gap(source, mapped, **options)
+    assert gap.item() == pytest.approx(golden[f"{cost}_{scale}_monge_gap"].item(), rel=1e-9)
+    gap.backward()
+    for points, key in ((source, "grad_source"), (mapped, "grad_mapped")):
+        expected = torch.from_numpy(golden[f"{cost}_{scale}_{key}"])
+        torch.testing.assert_close(points.grad.cpu(), expected, rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("shape", [(7, 3), (2, 3, 11, 1), (2, 17, 5)])
 @pytest.mark.parametrize("cost", COSTS)

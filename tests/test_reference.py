@@ -832,6 +832,15 @@ class TestMongeGap:
         expected = costs.diagonal(dim1=1, dim2=2).mean(1) - value
         torch.testing.assert_close(monge_gap.monge_gap(source, mapped, epsilon, cost, max_iter=5000), expected, **EXACT)
 
+    @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+    def test_golden_default_epsilon(self, cost) -> None:
+        golden = np.load(GOLDEN / "monge_gap_epsilons.npz")
+        source, mapped = (torch.from_numpy(golden[key]) for key in ("source", "mapped"))
+        epsilon = monge_gap.default_epsilon(monge_gap.pairwise_cost(source, mapped, cost)).item()
+        assert epsilon == pytest.approx(golden[f"{cost}_std_epsilon"].item(), rel=1e-12)
+        gap = monge_gap.monge_gap(source, mapped, cost=cost, max_iter=20_000, tol=1e-10)
+        assert gap.item() == pytest.approx(golden[f"{cost}_std_monge_gap"].item(), rel=1e-9)
+
     def test_default_epsilon(self) -> None:
         costs = torch.rand(2, 3, 3, dtype=torch.float64)
         for each, epsilon in zip(costs, monge_gap.default_epsilon(costs), strict=True):
