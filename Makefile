@@ -14,7 +14,7 @@ CXX := c++
 endif
 TORCH_VERSION := 2.13.0
 ARGS ?=
-EXAMPLE ?= grokking compander imbalanced_regression
+EXAMPLE ?= grokking compander imbalanced_regression monge_map imbalanced_clustering
 
 python := .venv/bin/python
 pip := $(python) -m pip --disable-pip-version-check

@@ -23,7 +23,8 @@ def is_there() -> bool:
 
 
 def solver(epsilon: float, iterations: int, **arrays: Tensor) -> Callable[[], float]:
-    """Solves, in float32, for a `cost`, or between `x` and `y`, there with their gradients; returns the mean value.
+    """Solves, in float32, for a `cost`, between `x` and `y`, or for the Monge gap of `source` and `mapped`, there with
+    their gradients; returns the mean value.
 
     A call takes some 50 us more than OTT-JAX does: the way there and back."""
     if not is_there():

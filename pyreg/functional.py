@@ -3,6 +3,7 @@
 from pyreg.ops.conr import conr_loss
 from pyreg.ops.info_nce import info_nce
 from pyreg.ops.linear_stablemax import linear_stablemax_cross_entropy
+from pyreg.ops.monge_gap import monge_gap
 from pyreg.ops.partial_transport import progressive_partial_transport, semantic_partial_transport
 from pyreg.ops.sinkhorn import sinkhorn, sinkhorn_points
 from pyreg.ops.sinkhorn_divergence import sinkhorn_divergence
@@ -20,6 +21,7 @@ __all__ = [
     "info_nce",
     "linear_stablemax_cross_entropy",
     "log_stablemax",
+    "monge_gap",
     "progressive_partial_transport",
     "semantic_partial_transport",
     "sinkhorn",

@@ -16,12 +16,15 @@ from pyreg.ops.partial_transport import check_mass
 from pyreg.ops.weight_compander import KINDS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch.distributed as dist
 
 __all__ = [
     "ConRLoss",
     "InfoNCELoss",
     "LinearStableMaxCrossEntropyLoss",
+    "MongeGap",
     "ProgressivePseudoLabels",
     "SamplesLoss",
     "StableMaxCrossEntropyLoss",
@@ -237,6 +240,54 @@ class InfoNCELoss(torch.nn.Module):
         return (
             f"temperature={self.temperature}, normalize={self.normalize}, symmetric={self.symmetric}, "
             f"reduction={self.reduction!r}" + _group_repr(self.group)
+        )
+
+
+class MongeGap(torch.nn.Module):
+    """The Monge gap of a map: by how much it moves points at a higher cost than is needed to move them to the same
+    places. To be added to a loss that fits the map to its targets.
+
+    Formula, arguments, shapes, dtypes, errors and gradients: :func:`pyreg.functional.monge_gap`.
+
+    Example:
+        >>> gap = pyreg.nn.MongeGap(epsilon=0.1)
+        >>> model, x = torch.nn.Linear(2, 2), torch.randn(64, 2)
+        >>> gap(x, model(x)).backward()
+    """
+
+    def __init__(
+        self,
+        *,
+        epsilon: float | None = None,
+        relative_epsilon: float | None = None,
+        cost: str | Callable[[Tensor, Tensor], Tensor] = "sqeuclidean",
+        max_iter: int = 2000,
+        tol: float = 1e-3,
+        epsilon_scaling: float | None = None,
+        streaming: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.epsilon, self.relative_epsilon, self.cost = epsilon, relative_epsilon, cost
+        self.max_iter, self.tol, self.epsilon_scaling, self.streaming = max_iter, tol, epsilon_scaling, streaming
+
+    def forward(self, source: Tensor, mapped: Tensor) -> Tensor:
+        return functional.monge_gap(
+            source,
+            mapped,
+            epsilon=self.epsilon,
+            relative_epsilon=self.relative_epsilon,
+            cost=self.cost,
+            max_iter=self.max_iter,
+            tol=self.tol,
+            epsilon_scaling=self.epsilon_scaling,
+            streaming=self.streaming,
+        )
+
+    def extra_repr(self) -> str:
+        cost = self.cost if isinstance(self.cost, str) else getattr(self.cost, "__name__", type(self.cost).__name__)
+        return (
+            f"epsilon={self.epsilon}, relative_epsilon={self.relative_epsilon}, cost={cost!r}, "
+            f"max_iter={self.max_iter}, tol={self.tol}, epsilon_scaling={self.epsilon_scaling}"
         )
 
 

@@ -40,6 +40,16 @@ def regression() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
+def monge_map() -> ModuleType:
+    return load("monge_map")
+
+
+@pytest.fixture(scope="module")
+def clustering() -> ModuleType:
+    return load("imbalanced_clustering")
+
+
+@pytest.fixture(scope="module")
 def plot(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("grokking") / "plot.png"
 
@@ -287,3 +297,218 @@ class TestImbalancedRegression:
         with pytest.raises(SystemExit):
             regression.main([f"--{name}", "0"])
         assert f"--{name} should be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def arrows(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("monge_map") / "plot.png"
+
+
+@pytest.fixture(scope="module")
+def mapped(monge_map, arrows) -> dict:
+    return monge_map.main(["--quick", "--output", str(arrows)])
+
+
+class TestMongeMap:
+    @pytest.mark.parametrize("dimension", [2, 8])
+    def test_optimal_map_of_gaussians(self, monge_map, dimension) -> None:
+        """The one linear map with a symmetric positive definite matrix that takes one covariance to the other."""
+        generator = torch.Generator().manual_seed(0)
+        source, target = (monge_map.random_gaussian(dimension, 2.0, generator) for _ in range(2))
+        transport = monge_map.optimal_map(source, target)
+        torch.testing.assert_close(transport(source.mean), target.mean)
+        linear = transport(torch.eye(dimension)) - transport(torch.zeros(dimension))
+        torch.testing.assert_close(linear, linear.t(), atol=1e-5, rtol=1e-4)
+        assert torch.linalg.eigvalsh(linear).min() > 0
+        covariance = linear @ source.root @ source.root @ linear
+        torch.testing.assert_close(covariance, target.root @ target.root, atol=1e-4, rtol=1e-3)
+
+    def test_samples_are_of_their_gaussians(self, monge_map) -> None:
+        problem = monge_map.gaussians(seed=0, dimension=2)
+        carried = problem.truth(problem.train.x)
+        for part in (problem.train, problem.test):
+            assert part.x.shape == part.y.shape == (1000, 2)
+            torch.testing.assert_close(part.y.mean(0), carried.mean(0), atol=0.3, rtol=0)
+            torch.testing.assert_close(part.y.t().cov(), carried.t().cov(), atol=0.5, rtol=0)
+        assert not torch.equal(problem.train.x, problem.test.x)
+
+    def test_digits_are_halved(self, monge_map) -> None:
+        problem = monge_map.digits(seed=0)
+        counts = torch.tensor(load_digits().target).bincount()
+        first, second = (len(problem.train.x) + len(problem.test.x), len(problem.train.y) + len(problem.test.y))
+        assert {first, second} <= set(counts.tolist())
+        parts = [points for part in (problem.train, problem.test) for points in (part.x, part.y)]
+        rows = {tuple(row) for points in parts for row in points.tolist()}
+        assert len(rows) == first + second
+        assert {points.shape[1] for points in parts} == {8}
+        both = torch.cat([problem.train.x, problem.train.y])
+        torch.testing.assert_close(both.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
+        covariance = both.t().cov()
+        torch.testing.assert_close(covariance, covariance.diag().diag(), atol=1e-4, rtol=0)
+        assert (covariance.diag().diff() < 0).all()
+
+    def test_measures_of_the_identity(self, monge_map) -> None:
+        x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+        problem = monge_map.Problem(monge_map.Samples(x, x), monge_map.Samples(x, x), truth=lambda points: points + 1)
+        run = monge_map.measure(problem, lambda points: points, epsilon=1e-3)
+        assert run.divergence == pytest.approx(0, abs=1e-4)
+        assert run.cost == 0
+        assert run.excess() == pytest.approx(0, abs=1e-4)  # a permutation, where epsilon is small
+        assert run.unexplained == pytest.approx(100 * 2 / x.var(0).sum().item(), rel=1e-5)
+        turned = monge_map.measure(problem, lambda points: -points, epsilon=1e-3)
+        assert turned.excess() > 0.5 * turned.cost > 0.5
+
+    def test_every_map_is_measured(self, mapped) -> None:
+        learnt = ["divergence alone", "with Monge gap", "entropic map"]
+        assert {name: [method.name for method in methods] for name, methods in mapped.items()} == {
+            "gaussians-2": [*learnt, "true map"],
+            "gaussians-8": [*learnt, "true map"],
+            "digits": learnt,
+        }
+        for name, methods in mapped.items():
+            assert all(len(method.runs) == 2 for method in methods)
+            for alone, *others in zip(*(method.runs for method in methods), strict=True):
+                assert all(torch.equal(alone.points[0], run.points[0]) for run in others)
+                for run in (alone, *others):
+                    assert 0 < run.divergence < {"gaussians-2": 0.5, "gaussians-8": 3, "digits": 5}[name]
+                    assert run.excess() > 0
+                    assert 1 < run.cost < 30
+
+    def test_gap_brings_maps_nearer_to_the_optimal_one(self, mapped) -> None:
+        for name in ("gaussians-2", "gaussians-8"):
+            for alone, with_gap, entropic, true in zip(*(method.runs for method in mapped[name]), strict=True):
+                assert with_gap.gap <= 1.02 * alone.gap
+                assert with_gap.unexplained < alone.unexplained
+                assert true.unexplained == 0
+                assert 0 < entropic.unexplained < 25
+                assert alone.unexplained < 50
+        for alone, with_gap, _ in zip(*(method.runs for method in mapped["digits"]), strict=True):
+            assert with_gap.gap <= 1.02 * alone.gap
+            assert with_gap.unexplained is None
+
+    def test_plot_shows_every_map(self, mapped, arrows) -> None:
+        pixels = image.imread(arrows)[..., :3]
+        assert pixels.shape[:2] == (902, 1540)
+        for method in mapped["gaussians-2"]:
+            rgb = [int(method.color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+            assert (abs(pixels - rgb).max(axis=-1) < 0.01).sum() > 100
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--steps", "0"], "--steps should be at least 1, got 0"),
+            (["--seeds", "0"], "--seeds should be at least 1, got 0"),
+            (["--weight", "-1"], "--weight should be above 0, got -1"),
+            (["--epsilon", "0"], "--epsilon should be above 0, got 0"),
+        ],
+    )
+    def test_arguments_are_checked(self, monge_map, capsys, arguments, message) -> None:
+        with pytest.raises(SystemExit):
+            monge_map.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def sizes_plot(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("imbalanced_clustering") / "plot.png"
+
+
+@pytest.fixture(scope="module")
+def clustered(clustering, sizes_plot) -> list:
+    return clustering.main(["--quick", "--output", str(sizes_plot)])
+
+
+class TestImbalancedClustering:
+    def test_data_are_long_tailed(self, clustering) -> None:
+        samples = clustering.long_tailed(seed=0, ratio=15, device="cpu")
+        assert samples.sizes().tolist() == [170, 126, 93, 69, 51, 38, 28, 21, 15, 11]
+        assert samples.x.shape == (622, 1, 8, 8)
+        source = load_digits()
+        digit_of = dict(zip(map(tuple, source.data), source.target, strict=True))
+        digits = torch.tensor([digit_of[tuple(row)] for row in (16 * samples.x).flatten(1).tolist()])
+        assert len({tuple(row) for row in samples.x.flatten(1).tolist()}) == 622
+        pairs = set(zip(samples.y.tolist(), digits.tolist(), strict=True))
+        assert len(pairs) == 10  # one digit a class
+        other = clustering.long_tailed(seed=1, ratio=15, device="cpu")
+        assert not torch.equal(samples.x, other.x)
+        assert clustering.long_tailed(seed=0, ratio=1, device="cpu").sizes().tolist() == [170] * 10
+
+    def test_views_are_of_their_image(self, clustering) -> None:
+        torch.manual_seed(0)
+        images = clustering.long_tailed(seed=0, ratio=15, device="cpu").x
+        first, second = clustering.view(images), clustering.view(images)
+        assert not torch.equal(first, second)
+        distances = torch.cdist(first.flatten(1), images.flatten(1))
+        farther = distances > distances.diag().unsqueeze(1)
+        assert farther.float().mean() > 0.8  # by chance: 0.5
+
+    def test_clusters_are_matched_with_classes(self, clustering) -> None:
+        generator = torch.Generator().manual_seed(0)
+        truth = torch.arange(10).repeat_interleave(20)
+        clusters = torch.randperm(10, generator=generator)[truth]
+        assert torch.equal(clustering.matched(clusters, truth), truth)
+        clusters[:5] = clusters[-1]  # a quarter of class 0 goes to that of 9
+        run = clustering.Run(truth, clustering.matched(clusters, truth))
+        assert run.accuracies().tolist() == [0.75] + [1.0] * 9
+        assert run.accuracy() == pytest.approx(195 / 200)
+        assert [run.accuracy(kind) for kind in ("head", "medium", "tail")] == pytest.approx([2.75 / 3, 1, 1])
+        assert run.sizes(run.clusters).tolist() == [15, *[20] * 8, 25]
+        assert 0.9 < run.nmi() < 1
+
+    def test_pseudo_labels(self, clustering) -> None:
+        generator = torch.Generator().manual_seed(0)
+        logits = 3 * torch.randn(200, 10, generator=generator)
+        features = torch.nn.functional.normalize(torch.randn(200, 16, generator=generator), dim=1)
+        equal = clustering.equal_sizes(logits, features)
+        torch.testing.assert_close(equal.sum(0), torch.full((10,), 20.0), atol=0.25, rtol=0)
+        torch.testing.assert_close(equal.sum(1), torch.ones(200), atol=0.25, rtol=0)
+        plain, semantic = clustering.partial(2), clustering.partial(2, 0.5)
+        totals = []
+        for labelling in (plain, semantic):
+            masses = [labelling(logits, features) for _ in range(3)]
+            assert all(labels.sum(1).max() <= 1 + 1e-5 for labels in masses)
+            totals.append([labels.sum().item() / 200 for labels in masses])
+        ramp = [0.1 + 0.9 * torch.tensor(-5 * (1 - t) ** 2).exp().item() for t in (0.0, 0.5, 1.0)]
+        assert totals[0] == pytest.approx(ramp, rel=1e-3)
+        assert totals[1] == pytest.approx(ramp, rel=1e-3)
+        assert not torch.equal(plain(logits, features), clustering.partial(2)(logits, features))
+
+    def test_every_method_is_better_than_chance(self, clustered) -> None:
+        names = ["k-means", "equal sizes", "progressive partial", "semantic partial"]
+        assert [method.name for method in clustered] == names
+        for method in clustered:
+            assert len(method.runs) == 2
+            for run in method.runs:
+                assert 0.35 < run.accuracy() < 1  # all in one cluster: 170 / 622 = 0.27
+                assert 0.35 < run.nmi() < 1
+                assert len(run.clusters) == len(run.truth) == 622
+                assert len(run.history) == (0 if method.labelling is None else 6)
+                if run.history:
+                    assert run.history[-1] == pytest.approx(run.accuracy())
+
+    def test_partial_transport_lets_sizes_differ(self, clustered) -> None:
+        _, equal, *partial = clustered
+        for method in partial:
+            for ours, theirs in zip(method.runs, equal.runs, strict=True):
+                ours_spread, theirs_spread = (run.sizes(run.clusters).double().std() for run in (ours, theirs))
+                assert ours_spread > 1.2 * theirs_spread
+
+    def test_plot_shows_every_method(self, clustered, sizes_plot) -> None:
+        pixels = image.imread(sizes_plot)[..., :3]
+        assert pixels.shape[:2] == (552, 1680)
+        for method in clustered:
+            rgb = [int(method.color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+            assert (abs(pixels - rgb).max(axis=-1) < 0.01).sum() > 100
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--epochs", "0"], "--epochs should be at least 1, got 0"),
+            (["--seeds", "0"], "--seeds should be at least 1, got 0"),
+            (["--ratio", "0.5"], "--ratio should be from 1 to 170, got 0.5"),
+        ],
+    )
+    def test_arguments_are_checked(self, clustering, capsys, arguments, message) -> None:
+        with pytest.raises(SystemExit):
+            clustering.main(arguments)
+        assert message in capsys.readouterr().err

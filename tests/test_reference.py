@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyreg.reference import conr, info_nce, orthograd, partial_transport, sinkhorn, stablemax, supcon, weight_compander
+from pyreg.reference import (
+    conr,
+    info_nce,
+    monge_gap,
+    orthograd,
+    partial_transport,
+    sinkhorn,
+    stablemax,
+    supcon,
+    weight_compander,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 INF = math.inf
@@ -836,3 +846,49 @@ class TestPartialTransport:
         plan = 20 * (a.unsqueeze(1) * kernel * b)[:, :4]
         labels = partial_transport.progressive_partial_transport(logits, mass, epsilon, gamma, prior)
         torch.testing.assert_close(labels, plan, rtol=1e-9, atol=1e-10)
+
+
+class TestMongeGap:
+    @pytest.mark.parametrize("number", range(3))
+    def test_golden(self, number) -> None:
+        golden = np.load(GOLDEN / f"monge_gap_{number}.npz")
+        source, mapped = (torch.from_numpy(golden[key]).requires_grad_() for key in ("source", "mapped"))
+        epsilon, cost = golden["epsilon"].item(), golden["cost"].item()
+        gap = monge_gap.monge_gap(source, mapped, epsilon, cost, max_iter=5000)
+        assert gap.item() == pytest.approx(golden["monge_gap"].item(), rel=1e-12)
+        gap.backward()
+        for points, key in ((source, "grad_source"), (mapped, "grad_mapped")):
+            torch.testing.assert_close(points.grad, torch.from_numpy(golden[key]), rtol=0, atol=1e-8)
+        costs = sinkhorn.pairwise_cost(source, mapped, cost).detach()
+        displacement = costs.diagonal().mean().item()
+        assert displacement - gap.item() == pytest.approx(golden["ent_reg_cost"].item(), rel=1e-12)
+        # The dual is the primal: transport cost and entropy of the plan.
+        f, g = monge_gap.potentials(costs, torch.tensor([epsilon], dtype=torch.float64), max_iter=5000, tol=1e-14)
+        plan = ((f.unsqueeze(1) + g - costs) / epsilon).exp()
+        primal = (plan * costs).sum() + epsilon * (plan * plan.log()).sum()
+        assert displacement - gap.item() == pytest.approx(primal.item(), rel=1e-12)
+
+    @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+    def test_is_that_of_sinkhorn(self, cost) -> None:
+        """Whose entropy is relative to the weights: 2 log n more."""
+        source, mapped = (torch.randn(2, 7, 3, dtype=torch.float64) for _ in range(2))
+        costs, epsilon = sinkhorn.pairwise_cost(source, mapped, cost), torch.tensor([0.3, 0.7], dtype=torch.float64)
+        weights = torch.full((2, 7), 1 / 7, dtype=torch.float64)
+        potentials = sinkhorn.sinkhorn(costs, weights, weights, epsilon, max_iter=5000)
+        value = sinkhorn.value(costs, weights, weights, *potentials, epsilon) - 2 * epsilon * math.log(7)
+        expected = costs.diagonal(dim1=1, dim2=2).mean(1) - value
+        torch.testing.assert_close(monge_gap.monge_gap(source, mapped, epsilon, cost, max_iter=5000), expected, **EXACT)
+
+    @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+    def test_golden_default_epsilon(self, cost) -> None:
+        golden = np.load(GOLDEN / "monge_gap_epsilons.npz")
+        source, mapped = (torch.from_numpy(golden[key]) for key in ("source", "mapped"))
+        epsilon = monge_gap.default_epsilon(monge_gap.pairwise_cost(source, mapped, cost)).item()
+        assert epsilon == pytest.approx(golden[f"{cost}_std_epsilon"].item(), rel=1e-12)
+        gap = monge_gap.monge_gap(source, mapped, cost=cost, max_iter=20_000, tol=1e-10)
+        assert gap.item() == pytest.approx(golden[f"{cost}_std_monge_gap"].item(), rel=1e-9)
+
+    def test_default_epsilon(self) -> None:
+        costs = torch.rand(2, 3, 3, dtype=torch.float64)
+        for each, epsilon in zip(costs, monge_gap.default_epsilon(costs), strict=True):
+            assert epsilon.item() == pytest.approx(0.05 * np.std(each.numpy()), rel=1e-12)

@@ -626,6 +626,169 @@ def test_where_stages_begin_between_points(cost: str) -> None:
         assert found <= (2 if cost == "cosine" else most * costs.max().item())
 
 
+# ---- a cost that a function returns ----
+
+
+def weighted(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distances, of which coordinates have a share each."""
+    shares = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    return (shares * (x.unsqueeze(-2) - y.unsqueeze(-3)).square()).sum(-1)
+
+
+@pytest.mark.parametrize("kind", ["balanced", "unbalanced"])
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_function_as_a_cost(device: torch.device, batch: tuple[int, ...], kind: str) -> None:
+    """It is the transport under the costs that it returns, and its chain rule is autograd's."""
+    points = [torch.randn(*batch, count, 3, dtype=DOUBLE).to(device) for count in (5, 7)]
+    weights = [weights.to(device) for weights in problem(*batch)[1:]]
+    options = {"epsilon": 2.0, **penalties(kind), **CONVERGED}
+
+    def by_function(x: Tensor, y: Tensor) -> Tensor:
+        transport = sinkhorn_points(x, y, *weights, cost=weighted, **options)
+        return transport.value.sum() + transport.barycentric_map().sin().sum()
+
+    def by_hand(x: Tensor, y: Tensor) -> Tensor:
+        transport = sinkhorn(weighted(x, y), *weights, **options)
+        return transport.value.sum() + transport.barycentric_map(y).sin().sum()
+
+    torch.testing.assert_close(by_function(*points), by_hand(*points), **EXACT)
+    for actual, expected in zip(gradients(by_function, *points), gradients(by_hand, *points), strict=True):
+        torch.testing.assert_close(actual, expected, **EXACT)
+    same = sinkhorn_points(*points, *weights, cost=lambda x, y: reference.pairwise_cost(x, y, "euclidean"), **options)
+    named = sinkhorn_points(*points, *weights, cost="euclidean", **options)
+    torch.testing.assert_close(same.value, named.value, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_function_gets_the_dtype_that_is_computed_in(dtype: torch.dtype) -> None:
+    x, y = torch.rand(5, 2).to(dtype).requires_grad_(), torch.rand(7, 2).to(dtype)
+    seen = []
+
+    def cost(x: Tensor, y: Tensor) -> Tensor:
+        seen.append((x.dtype, y.dtype, torch.is_autocast_enabled("cpu")))
+        return weighted(x, y)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sinkhorn_points(x, y, cost=cost, epsilon=0.5).value.backward()
+    assert seen == [(torch.float32, torch.float32, False)]
+    assert x.grad.dtype == dtype
+
+
+def test_first_and_second_order_of_a_function() -> None:
+    inputs = [torch.randn(count, 2, dtype=DOUBLE, requires_grad=True) for count in (3, 4)]
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        transport = sinkhorn_points(x, y, cost=weighted, epsilon=2.0, tol=1e-15, max_iter=300)
+        return torch.stack([transport.value, transport.f.cos().sum() + transport.barycentric_map().square().sum()])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 1e-15 is below rounding
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize(
+    ("cost", "options", "error", "text"),
+    [
+        (lambda x, y: 1.0, {}, TypeError, "expected cost to return a tensor, got float"),
+        (lambda x, y: x @ y.T + x[0, 0], {"x_offsets": [0, 3], "y_offsets": [0, 4]}, ValueError, "with x_offsets, got"),
+        (lambda x, y: x @ y.T, {"y_offsets": [0, 4]}, ValueError, "'cosine' with y_offsets, got a function; solve"),
+        (lambda x, y: x @ y.T, {"streaming": True}, ValueError, "'cosine' with streaming=True, got a function, whose"),
+        (lambda x, y: y @ x.T, {}, ValueError, r"to return costs of shape \[..., n, m\] = \[3, 4\], got \[4, 3\]"),
+        (lambda x, y: (x @ y.T).half(), {}, TypeError, "costs of torch.float32 on cpu, as its points are, got torch"),
+        (lambda x, y: (x @ y.T).long(), {}, TypeError, r"got torch.int64 on cpu; end it with .to\(x\)"),
+        (lambda x, y: x @ y.T + NAN, {}, ValueError, r"expected cost without NaN and -inf, got nan; \+inf forbids"),
+        ([1.0], {}, ValueError, r"'cosine' or a function of points, got \[1.0\]"),
+    ],
+)  # fmt: skip
+def test_bad_function(cost: Any, options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=f"^sinkhorn_points: .*{text}"):
+        sinkhorn_points(torch.zeros(3, 2), torch.ones(4, 2), cost=cost, **{"epsilon": 0.1, **options})
+
+
+# ---- the map of new points ----
+
+
+def mapped_by_hand(q: Tensor, y: Tensor, b: Tensor, g: Tensor, epsilon: float, cost: str) -> Tensor:
+    """A softmax of what the columns' potentials leave of the costs."""
+    exponents = (g.unsqueeze(-2) - reference.pairwise_cost(q, y, cost)) / epsilon
+    return (exponents + b.log().unsqueeze(-2)).softmax(-1) @ y
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+def test_map(device: torch.device, cost: str, kind: str, batch: tuple[int, ...]) -> None:
+    x, y, q = (torch.randn(*batch, count, 2, dtype=DOUBLE).to(device) for count in (5, 7, 11))
+    a, b = (weights.to(device) for weights in problem(*batch)[1:])
+    rhos = {key: rho.to(device) if isinstance(rho, Tensor) else rho for key, rho in penalties(kind).items()}
+    transport = sinkhorn_points(x, y, a, b, cost=cost, epsilon=0.5, **rhos, **CONVERGED)
+    torch.testing.assert_close(transport.map(x), transport.barycentric_map(), **EXACT)
+    expected = mapped_by_hand(q, y, b, transport.g, 0.5, cost)
+    torch.testing.assert_close(transport.map(q), expected, **EXACT)
+    assert transport.map(q[..., :1, :]).shape == (*batch, 1, 2)
+    assert transport.map(q[..., :0, :]).shape == (*batch, 0, 2)
+    counting = sinkhorn_points(x, y, a, b, cost=cost, epsilon=0.5, **rhos, reference="counting", **CONVERGED)
+    torch.testing.assert_close(counting.map(x), counting.barycentric_map(), **EXACT)
+    if kind == "balanced":
+        torch.testing.assert_close(counting.map(q), expected, **EXACT)
+
+
+def test_map_far_away_and_in_float32() -> None:
+    """Where all exponentials are 0 there is a nearest point; a weight of 0 draws nothing, however near it is."""
+    x, y, b = torch.rand(20, 3), torch.rand(30, 3), weights_of(30).float()
+    b[4] = 0
+    b = b / b.sum()
+    transport = sinkhorn_points(x, y, None, b, epsilon=0.05, tol=1e-6)
+    exact = sinkhorn_points(x.double(), y.double(), None, b.double(), epsilon=0.05, tol=1e-6)
+    q = torch.cat([torch.rand(10, 3), y[4:5], 100 * torch.randn(10, 3)])
+    found, expected = transport.map(q), exact.map(q.double())
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[:11].double(), expected[:11], rtol=0, atol=1e-4)
+    # Costs of 10 000 have 1e-3 to themselves in float32: 0.02 of an exponent.
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.02)
+    least, most = y.amin(0), y.amax(0)
+    assert ((found >= least - 1e-6) & (found <= most + 1e-6)).all()
+
+
+def test_map_of_a_ragged_batch() -> None:
+    x, y, q = torch.rand(8, 2, dtype=DOUBLE), torch.rand(11, 2, dtype=DOUBLE), torch.rand(2, 4, 2, dtype=DOUBLE)
+    transport = sinkhorn_points(x, y, epsilon=0.2, x_offsets=[0, 3, 8], y_offsets=[0, 7, 11], **CONVERGED)
+    for k, (i, j) in enumerate(((slice(0, 3), slice(0, 7)), (slice(3, 8), slice(7, 11)))):
+        alone = sinkhorn_points(x[i], y[j], epsilon=0.2, **CONVERGED)
+        torch.testing.assert_close(transport.map(q)[k], alone.map(q[k]), **EXACT)
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+def test_first_and_second_order_of_map(cost: str) -> None:
+    inputs = [torch.randn(count, 2, dtype=DOUBLE, requires_grad=True) for count in (3, 4, 2)]
+
+    def function(x: Tensor, y: Tensor, q: Tensor) -> Tensor:
+        return sinkhorn_points(x, y, cost=cost, epsilon=1.0, tol=1e-15, max_iter=300).map(q)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 1e-15 is below rounding
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_map_compiled_and_mapped() -> None:
+    x, y, q = (torch.randn(2, count, 2, dtype=DOUBLE) for count in (5, 7, 4))
+
+    def function(x: Tensor, y: Tensor, q: Tensor) -> Tensor:
+        return sinkhorn_points(x, y, epsilon=1.0, **CONVERGED).map(q)
+
+    expected, by_points = function(x, y, q), gradients(lambda *points: function(*points).sin().sum(), x, y, q)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, y, q), expected, **EXACT)
+    for actual, truth in zip(gradients(lambda *points: compiled(*points).sin().sum(), x, y, q), by_points, strict=True):
+        torch.testing.assert_close(actual, truth, **EXACT)
+    torch.testing.assert_close(torch.func.vmap(function)(x, y, q), expected, **EXACT)
+    by_func = torch.func.grad(lambda *points: function(*points).sin().sum(), argnums=(0, 1, 2))(x, y, q)
+    for actual, truth in zip(by_func, by_points, strict=True):
+        torch.testing.assert_close(actual, truth, **EXACT)
+
+
 # ---- edges ----
 
 
@@ -1339,7 +1502,7 @@ X, Y = torch.zeros(3, 2), torch.ones(4, 2)
         ((X, Y.to("meta")), {}, ValueError, "expected y on the device of x, cpu, got meta"),
         ((entry(X, NAN), Y), {}, ValueError, "expected finite numbers in x, got nan"),
         ((X, entry(Y, INF)), {}, ValueError, "expected finite numbers in y, got inf"),
-        ((X, Y), {"cost": "l1"}, ValueError, "expected cost to be 'sqeuclidean', 'euclidean' or 'cosine', got 'l1'"),
+        ((X, Y), {"cost": "l1"}, ValueError, "'cosine' or a function of points, got 'l1'"),
         ((X, Y, torch.ones(4)), {}, ValueError, r"expected a of shape \[n\] = \[3\], got \[4\]"),
         ((X, Y), {"x_offsets": [0, 3]}, ValueError, "expected x_offsets and y_offsets together, got x_offsets alone"),
         ((X, Y), {"x_offsets": [0, 3], "y_offsets": [0, 1, 4]}, ValueError, "as many y_offsets as x_offsets, 2, got 3"),
@@ -1362,6 +1525,31 @@ def test_points_too_far_apart() -> None:
     with pytest.raises(ValueError, match=text):
         sinkhorn_points(far, far, epsilon=0.1)
     assert sinkhorn_points(far.double(), far.double(), epsilon=1e40).converged
+
+
+@pytest.mark.parametrize(
+    ("points", "error", "text"),
+    [
+        ([1.0], TypeError, "map: expected points to be a tensor, got list"),
+        (torch.ones(5, 2).double(), TypeError, "map: expected points of torch.float32 on cpu, got torch.float64"),
+        (
+            torch.ones(2),
+            ValueError,
+            r"of shape \[..., q, d\] = \[q, 2\], got \[2\]; use points.unsqueeze\(-2\) for",
+        ),
+        (torch.ones(5, 3), ValueError, r"\[..., q, d\] = \[q, 2\], got \[5, 3\]"),
+        (torch.ones(1, 5, 2), ValueError, r"\[..., q, d\] = \[q, 2\], got \[1, 5, 2\]"),
+    ],
+)
+def test_bad_points_of_map(points: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=f"^sinkhorn_points: .*{text}"):
+        sinkhorn_points(X, Y, epsilon=0.1).map(points)
+
+
+def test_map_needs_a_cost_between_points() -> None:
+    for transport in (sinkhorn(*problem(), epsilon=0.2), sinkhorn_points(X, Y, epsilon=0.2, cost=weighted)):
+        with pytest.raises(ValueError, match="map: a problem that is given by its costs knows none of other points"):
+            transport.map(X)
 
 
 def test_streaming_is_a_choice() -> None:

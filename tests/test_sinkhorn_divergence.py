@@ -107,6 +107,27 @@ def test_as_three_problems() -> None:
         torch.testing.assert_close(sinkhorn_divergence(x, y, a, b, rho=rho, **options), truth, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("rho", [None, 0.4])
+def test_cost_of_a_function(device: torch.device, rho: float | None) -> None:
+    x, y, a, b = (tensor.to(device) for tensor in clouds(2))
+
+    def squares(x: Tensor, y: Tensor) -> Tensor:
+        return (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
+
+    for weights in ((), (a, b)):
+        for options in ({"epsilon": 0.1}, {"relative_epsilon": 0.2}):
+
+            def divergence(x: Tensor, y: Tensor, cost: Any, weights: Any = weights, options: Any = options) -> Tensor:
+                return sinkhorn_divergence(x, y, *weights, cost=cost, rho=rho, **options, **CONVERGED)
+
+            expected = divergence(x, y, "sqeuclidean")
+            torch.testing.assert_close(divergence(x, y, squares), expected, rtol=1e-9, atol=1e-11)
+            if "epsilon" in options:  # a share of the mean is a constant in one gradient and in the other
+                ours = gradients(lambda x, y, f=divergence: f(x, y, squares), x, y)
+                theirs = gradients(lambda x, y, f=divergence: f(x, y, "sqeuclidean"), x, y)
+                torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
 def test_gaussians() -> None:
     """Of Gaussians of one covariance: |m_x - m_y|^2, whatever epsilon. Samples shifted against each other are so, too:
     the plan between them is that of the samples with themselves."""
@@ -366,6 +387,8 @@ X, Y = torch.rand(5, 2), torch.rand(6, 2)
         ((X / 0, Y), {"epsilon": 0.1}, ValueError, "expected finite numbers in x"),
         ((X, Y), {"epsilon": 0.1, "max_iter": 0}, ValueError, "expected max_iter to be an integer >= 1"),
         ((X, Y), {"epsilon": 0.1, "x_offsets": [0, 5]}, ValueError, "x_offsets and y_offsets together"),
+        ((X, Y), {"epsilon": 0.1, "cost": torch.cdist, "streaming": True}, ValueError, "whose costs are held"),
+        ((X, Y), {"epsilon": 0.1, "cost": lambda x, y: x}, ValueError, "expected cost to return costs of shape"),
         ((X, Y), {"epsilon": 0.1, "streaming": 1}, TypeError, "expected streaming to be True, False or None"),
     ],
 )

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyreg.functional import sinkhorn, sinkhorn_points
+from pyreg.functional import monge_gap, sinkhorn, sinkhorn_points
 from pyreg.ops import _library, _pairwise_cost, _point_plan, _point_potentials, _potentials
+from pyreg.reference import monge_gap as definition
 from pyreg.reference import sinkhorn as reference
 from tests.oracle import assert_runs_without_waiting_and_in_a_graph, relative_error
 
@@ -466,6 +467,41 @@ def test_transport(device: torch.device, large_tiles: None, cost: str, d: int, k
         torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+def test_map(device: torch.device, large_tiles: None, cost: str) -> None:
+    """Of new points a softmax of what the columns' potentials leave of the costs, with its gradients."""
+    x, y, q, b = torch.randn(11, 3).double(), torch.randn(13, 3).double(), torch.randn(7, 3).double(), weights_of(13)
+    b[4] = 0
+    b = b / b.sum()
+    x, y, q, b = (tensor.to(device) for tensor in (x, y, q, b))
+    transport = sinkhorn_points(x, y, None, b, cost=cost, epsilon=0.6, tol=1e-11, streaming=True)
+    torch.testing.assert_close(transport.map(x), transport.barycentric_map(), rtol=1e-8, atol=1e-9)
+    g, leaf = transport.g.detach(), q.clone().requires_grad_()
+    exponents = (g - reference.pairwise_cost(leaf, y, cost)) / 0.6 + b.log()
+    expected, found = exponents.softmax(1) @ y, transport.map(leaf)
+    torch.testing.assert_close(found, expected, **EXACT)
+    by_found, by_expected = (torch.autograd.grad(each.sin().sum(), leaf)[0] for each in (found, expected))
+    torch.testing.assert_close(by_found, by_expected, **EXACT)
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+def test_monge_gap(device: torch.device, large_tiles: None, cost: str) -> None:
+    source, mapped = (torch.rand(2, 13, 3, dtype=DOUBLE).to(device).requires_grad_() for _ in range(2))
+    gap = monge_gap(source, mapped, epsilon=0.3, cost=cost, tol=1e-11, streaming=True)
+    expected = definition.monge_gap(source, mapped, 0.3, cost)
+    torch.testing.assert_close(gap, expected, **EXACT)
+    for actual, truth in zip(
+        *(torch.autograd.grad(each.sum(), (source, mapped)) for each in (gap, expected)), strict=True
+    ):
+        torch.testing.assert_close(actual, truth, rtol=1e-8, atol=1e-9)
+    relative = monge_gap(source, mapped, cost=cost, tol=0.0, max_iter=20, streaming=True)
+    costs = reference.pairwise_cost(source, mapped, cost)
+    epsilon = definition.default_epsilon(costs)
+    torch.testing.assert_close(
+        relative, monge_gap(source, mapped, epsilon=epsilon, cost=cost, tol=0.0, max_iter=20, streaming=True)
+    )
+
+
 def test_against_reference_in_float32(device: torch.device, large_tiles: None) -> None:
     x, y, a, b = torch.randn(30, 10), torch.randn(20, 10), weights_of(30).float(), weights_of(20).float()
     rhos = {"rho_a": 4.0, "rho_b": 2.0}
@@ -580,6 +616,23 @@ def test_runs_without_waiting_and_in_a_graph(device: torch.device, cost: int, d:
     def step() -> list[Tensor]:
         value = sinkhorn_points(x, y, cost=name, epsilon=0.5 * d, tol=0.0, max_iter=12, streaming=True).value
         return [value.detach(), *torch.autograd.grad(value, (x, y))]
+
+    assert_runs_without_waiting_and_in_a_graph(step)
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("epsilon", [1.0, None])
+def test_monge_gap_and_map_run_without_waiting_and_in_a_graph(
+    device: torch.device, epsilon: float | None, cost: str
+) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a GPU")
+    x, y = (torch.randn(300, 4, device=device, requires_grad=True) for _ in range(2))
+
+    def step() -> list[Tensor]:
+        gap = monge_gap(x, y, epsilon=epsilon, cost=cost, tol=0.0, max_iter=12, streaming=True)
+        moved = sinkhorn_points(x, y, cost=cost, epsilon=1.0, tol=0.0, max_iter=12, streaming=True).map(x)
+        return [gap.detach(), moved.detach(), *torch.autograd.grad(gap, (x, y))]
 
     assert_runs_without_waiting_and_in_a_graph(step)
 

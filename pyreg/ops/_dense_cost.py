@@ -32,6 +32,12 @@ class DenseCost:
         is_there = self.tensor < torch.inf
         return torch.where(is_there, self.tensor.detach(), 0).sum((1, 2), dtype=torch.float64) / is_there.sum((1, 2))
 
+    def deviation(self) -> Tensor:
+        """The standard deviation of finite costs, ``[B]``, float64."""
+        is_there, mean = self.tensor < torch.inf, self.mean().view(-1, 1, 1)
+        squares = torch.where(is_there, self.tensor.detach() - mean, 0).square().sum((1, 2))
+        return (squares / is_there.sum((1, 2))).sqrt()
+
     def range(self) -> Tensor:
         """Between finite costs, ``[B]``, float64."""
         costs = self.tensor.detach()
@@ -72,6 +78,10 @@ class DenseCost:
     def value(self, row: Side, column: Side) -> Tensor:
         tensors = (row.weights, column.weights, row.potentials, column.potentials, row.rho, column.rho, row.epsilon)
         return _potentials.value(self.tensor, *tensors, row.is_counting)  # type: ignore[no-any-return]
+
+    def paired(self) -> Tensor:
+        """Costs between entry i of the rows and of the columns, ``[B, n]``, float64."""
+        return self.tensor.diagonal(dim1=1, dim2=2).double()
 
     def plan(self, row: Side, column: Side) -> Tensor:
         return _potentials.plan(self.tensor, row, column)

@@ -40,7 +40,9 @@ class PointCost:
 
     def mean(self) -> Tensor:
         """``[B]``, float64."""
-        x, y = (points.detach() for points in self.points)
+        return self._mean(*(points.detach() for points in self.points))
+
+    def _mean(self, x: Tensor, y: Tensor) -> Tensor:
         sides = (self._problems.rows, x), (self._problems.columns, y)
         u, z = (_without(entries, points.new_ones((*points.shape[:2], 1)), 0) for entries, points in sides)
         zeros = (
@@ -53,6 +55,30 @@ class PointCost:
         rows, *_ = point_plan((x, y), tuple(zeros), everywhere, self.code, **options)  # type: ignore[arg-type]
         count = u.sum(1, dtype=torch.float64) * z.sum(1, dtype=torch.float64)
         return ((rows * u).sum(1, dtype=torch.float64) / count).squeeze(1)
+
+    def deviation(self) -> Tensor:
+        """The standard deviation of costs, ``[B]``, float64: of moments of the points, but for distances, whose mean
+        takes a pass over the pairs.
+
+        With ``p = x - mean``, ``q = y - mean`` costs are ``alpha_i + beta_j - s p_i . q_j`` and a constant. The three
+        are uncorrelated, for the means of p and q are 0, and ``mean (p_i . q_j)^2 = tr(Sigma_x Sigma_y)``."""
+        x, y = (points.detach().double() for points in self.points)
+        w, v = (entries.uniform(x).unsqueeze(2) for entries in (self._problems.rows, self._problems.columns))
+        x_mean, y_mean = ((weights * points).sum(1, keepdim=True) for weights, points in ((w, x), (v, y)))
+        p, q, apart = x - x_mean, y - y_mean, x_mean - y_mean
+        if self._cost == "euclidean":
+            squares = sum(((weights * part.square()).sum((1, 2)) for weights, part in ((w, p), (v, q))))
+            squares = squares + apart.square().sum((1, 2))
+            return (squares - self._mean(x, y).square()).clamp(min=0).sqrt()
+        if self._cost == "sqeuclidean":
+            alpha, beta = (part * (part + 2 * by) for part, by in ((p, apart), (q, -apart)))
+            scale = 4
+        else:
+            alpha, beta, scale = p * y_mean, q * x_mean, 1
+        variance = scale * _mean_square_of_products(p, q, w, v)
+        for weights, part in ((w, alpha.sum(2, keepdim=True)), (v, beta.sum(2, keepdim=True))):
+            variance = variance + (weights * (part - (weights * part).sum(1, keepdim=True)).square()).sum((1, 2))
+        return variance.sqrt()
 
     def range(self) -> Tensor:
         """Of costs, ``[B]``, float64: a bound, from boxes and balls that hold all x and all y."""
@@ -96,6 +122,17 @@ class PointCost:
         tensors = (row.weights, column.weights, row.potentials, column.potentials, row.rho, column.rho, row.epsilon)
         return _point_potentials.value(*self.points, *tensors, self.code, row.is_counting)  # type: ignore[no-any-return]
 
+    def paired(self) -> Tensor:
+        """Costs between entry i of the rows and of the columns, ``[B, n]``, float64; of the differences in the points'
+        dtype that all costs are of."""
+        x, y = self.points
+        if self._cost == "cosine":
+            return 1 - (x.double() * y).sum(2)
+        squares = (x - y).double().square().sum(2)
+        if self._cost == "sqeuclidean":
+            return squares
+        return torch.where(squares > 0, squares, 1).sqrt().where(squares > 0, 0)
+
     def plan(self, row: Side, column: Side) -> Tensor:
         return _potentials.plan(_pairwise_cost.cost_of_computed(*self.points, self.code), row, column)
 
@@ -104,6 +141,18 @@ class PointCost:
         z = column.factors.unsqueeze(2).to(z.dtype) * z
         extended = potentials, column.extended
         return point_plan(self.points, extended, column.epsilon, self.code, z=z, rows=True)[0]
+
+    def conditional_product(self, x: Tensor, column: Side, z: Tensor) -> Tensor:
+        """``E B z [B, q, k]`` of other rows' points ``x [B, q, d]``, each row of E up to a factor that is a constant:
+        its largest sum."""
+        x = _pairwise_cost.units(x) if self._cost == "cosine" else x
+        y = self.points[1]
+        options = self.code, column.masked, column.epsilon
+        with torch.no_grad():
+            potentials = _point_potentials.conditional(x.contiguous(), y.contiguous(), *options)
+        z = column.factors.unsqueeze(2).to(z.dtype) * z
+        extended = potentials, column.extended
+        return point_plan((x, y), extended, column.epsilon, self.code, z=z, rows=True)[0]
 
     def transposed_product(self, row: Side, potentials: Tensor, z: Tensor) -> Tensor:
         """``E^T A z [B, m, k]``."""
@@ -133,6 +182,13 @@ def _without(entries: Entries, inside: Tensor, fill: float) -> Tensor:
     if entries.padding is None:
         return inside
     return inside.masked_fill(entries.padding.reshape(inside.shape[:2] + (1,) * (inside.dim() - 2)), fill)
+
+
+def _mean_square_of_products(p: Tensor, q: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """``sum_ij w_i v_j (p_i . q_j)^2``, ``[B]``, of what is smaller: matrices ``[d, d]`` or one ``[n, m]``."""
+    if p.shape[2] ** 2 <= p.shape[1] * q.shape[1]:
+        return ((p.mT @ (w * p)) * (q.mT @ (v * q))).sum((1, 2))
+    return (w * (p @ q.mT).square() * v.mT).sum((1, 2))
 
 
 def _bounds(entries: Entries, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

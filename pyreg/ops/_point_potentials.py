@@ -186,6 +186,14 @@ potentials = _library.differentiable(
 )
 
 
+def conditional(x: Tensor, y: Tensor, point_cost: int, others: Tensor, epsilon: Tensor) -> Tensor:
+    """Potentials under which rows of E sum to 1 beside those of the columns with ``eps log b``, ``others [B, m]``:
+    those of rows of weight 1 after one iteration; constants."""
+    ones = (torch.ones_like(points[..., 0], dtype=torch.float64) for points in (x, y))
+    options = None, None, epsilon, epsilon, 0.5, False, 1, 0.0, others.detach(), None, None
+    return potentials(x, y, point_cost, True, *ones, *options)[0].detach()  # type: ignore[no-any-return]
+
+
 # ---- value ----
 
 

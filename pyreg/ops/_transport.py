@@ -68,7 +68,7 @@ class Transport:
     ) -> None:
         self._operator, self._cost, self._row, self._column = operator, cost, row, column
         self._progress, self._problems, self._dtype, self._points = progress, problems, cost.dtype, points
-        self._value = problems.numbers(cost.value(row, column)).to(cost.dtype)
+        self._value = problems.numbers(cost.value(row, column))  # float64
         self._has_looked = False
         if row.weights.is_cpu:
             self._look()
@@ -79,7 +79,7 @@ class Transport:
     def value(self) -> Tensor:
         """``[...]``, what is minimised: the transport cost with entropy and penalties."""
         self._look()
-        return self._value
+        return self._value.to(self._dtype)
 
     @property
     def f(self) -> Tensor:
@@ -140,7 +140,7 @@ class Transport:
         """
         self._look()
         shape = (*self._row.weights.shape, self._column.weights.shape[1])
-        check_memory(self._operator, "plan()", shape, self._value)
+        check_memory(self._operator, "plan()", shape, self._value.to(self._dtype))
         return self._problems.matrices(self._cost.plan(self._row, self._column))
 
     def apply(self, z: Tensor) -> Tensor:
@@ -175,6 +175,54 @@ class Transport:
             sums = self._cost.product(self._row.conditional, self._column, with_ones)
         mass = sums[..., -1:]
         return self._problems.rows.outside(torch.where(mass > 0, sums[..., :-1] / torch.where(mass > 0, mass, 1), 0))
+
+    def map(self, points: Tensor) -> Tensor:
+        r"""The entropic map, ``[..., q, d]`` of points ``[..., q, d]`` that need not be among x: where a point goes in
+        the mean.
+
+        .. code-block:: text
+
+            T(x) = sum_j w_j(x) y_j / sum_j w_j(x),    w_j(x) = b_j exp((g_j - c(x, y_j)) / epsilon)
+
+        ("counting": without b, and g as it has it.) At the problem's own x it is :meth:`barycentric_map`. It needs
+        O((q + m) d) memory and is differentiable in the points and in all that the potentials g depend on.
+
+        Args:
+            points: of the dtype of ``value``; of a ragged batch ``[B, q, d]``.
+
+        Raises:
+            ValueError: the problem was given by its costs, or by a function that returns them; the shape does not fit.
+            TypeError: another dtype or device.
+
+        Source: Pooladian, Niles-Weed, "Entropic estimation of optimal transport maps", arXiv 2109.12004.
+
+        Example:
+            >>> x, y = torch.randn(50, 2), torch.randn(60, 2) + 1
+            >>> transport = pyreg.functional.sinkhorn_points(x, y, epsilon=0.1)
+            >>> transport.map(torch.randn(1000, 2)).shape
+            torch.Size([1000, 2])
+        """
+        where, cost, y = f"{self._operator}: map", self._cost, self._points
+        if not isinstance(cost, PointCost) or y is None:
+            raise ValueError(
+                f"{where}: a problem that is given by its costs knows none of other points; use sinkhorn_points with "
+                "one of its own costs, or barycentric_map for the problem's own rows"
+            )
+        self._check_beside_value(where, "points", points)
+        batch, d = self._problems.shape, y.shape[2]
+        if points.dim() != len(batch) + 2 or points.shape[:-2] != batch or points.shape[-1] != d:
+            expected = "[" + "".join(f"{size}, " for size in batch) + f"q, {d}]"
+            raise ValueError(
+                f"{where}: expected points of shape [..., q, d] = {expected}, got {list(points.shape)}"
+                + ("; use points.unsqueeze(-2) for one point" if points.shape == (*batch, d) else "")
+            )
+        self._look()
+        if points.numel() == 0:
+            return points.clone()
+        with _library.no_autocast(y):
+            with_ones = torch.cat([y, torch.ones_like(y[..., :1])], 2)
+            sums = cost.conditional_product(points.reshape(-1, *points.shape[-2:]), self._column, with_ones)
+        return (sums[..., :-1] / sums[..., -1:]).reshape(points.shape)
 
     def transport_cost(self) -> Tensor:
         """``<P, C> [...]``, without entropy and penalties."""
@@ -220,14 +268,8 @@ class Transport:
 
     def _inside(self, method: str, name: str, z: Tensor, entries: Entries, symbol: str) -> tuple[Tensor, bool]:
         """``[B, count, k]``, and whether z has no k."""
-        where, device = f"{self._operator}: {method}", self._row.weights.device
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{where}: expected {name} to be a tensor, got {type(z).__name__}")
-        if z.dtype != self._dtype or z.device != device:
-            raise TypeError(
-                f"{where}: expected {name} of {self._dtype} on {device}, got {z.dtype} on {z.device}; convert it with "
-                f"{name}.to(transport.value)"
-            )
+        where = f"{self._operator}: {method}"
+        self._check_beside_value(where, name, z)
         is_vector = z.shape == entries.shape
         if not is_vector and z.shape[:-1] != entries.shape:
             raise ValueError(
@@ -236,8 +278,24 @@ class Transport:
             )
         return entries.inside(z.unsqueeze(-1) if is_vector else z), is_vector
 
+    def _check_beside_value(self, where: str, name: str, z: Tensor) -> None:
+        device = self._row.weights.device
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{where}: expected {name} to be a tensor, got {type(z).__name__}")
+        if z.dtype != self._dtype or z.device != device:
+            raise TypeError(
+                f"{where}: expected {name} of {self._dtype} on {device}, got {z.dtype} on {z.device}; convert it with "
+                f"{name}.to(transport.value)"
+            )
+
     def _look(self) -> None:
         """Warns, once, of problems that have not converged; not while tracing or inside of torch.func."""
         if not self._has_looked and _library.can_read(self._progress.error):
             self._has_looked = True
             self._progress.warn(self._operator)
+
+
+def exact_value(transport: Transport) -> Tensor:
+    """Its value in float64, ``[...]``: for what subtracts from it."""
+    transport._look()
+    return transport._value

@@ -9,7 +9,7 @@ Definition: :mod:`pyreg.reference.sinkhorn`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from pyreg.ops._transport import Transport
 from pyreg.ops._transport_problem import Number, Options, Start, solve
 
 Offsets = Tensor | Sequence[int]
+Cost = str | Callable[[Tensor, Tensor], Tensor]
 
 
 # ---- public functions ----
@@ -124,7 +125,7 @@ def sinkhorn_points(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
-    cost: str = "sqeuclidean",
+    cost: Cost = "sqeuclidean",
     epsilon: Number | None = None,
     relative_epsilon: float | None = None,
     rho_a: Number | None = None,
@@ -150,7 +151,9 @@ def sinkhorn_points(
         x, y: points ``[n, d]`` and ``[m, d]``, or ``[..., n, d]`` and ``[..., m, d]``, a batch of independent problems;
             float64, float32, bfloat16 or float16.
         a, b: weights ``[n]`` or ``[..., n]`` and ``[m]`` or ``[..., m]`` of the points' dtype.
-        cost: ``"sqeuclidean"``, ``"euclidean"`` or ``"cosine"``.
+        cost: ``"sqeuclidean"``, ``"euclidean"``, ``"cosine"``, or a function of ``x [..., n, d]`` and
+            ``y [..., m, d]`` that returns their costs ``[..., n, m]`` in their dtype: a matrix that is held, through
+            which gradients flow by autograd. It gets 16-bit points in float32, and autocast is off inside.
         x_offsets, y_offsets: of a ragged batch, B + 1 ascending integers from 0 to N: x ``[N, d]`` has the points of
             all problems, those of problem k at ``x_offsets[k]`` to ``x_offsets[k + 1]``. Weights, potentials and what
             else is ``[..., n]`` are ``[N]`` then; numbers, and epsilon where it is a tensor, are ``[B]``. Tensors are
@@ -173,29 +176,23 @@ def sinkhorn_points(
 
     Raises:
         ValueError, TypeError: as of :func:`sinkhorn`; dimensions of points that differ or are 0, clouds without points,
-            NaN or infinite coordinates, offsets that do not fit.
+            NaN or infinite coordinates, offsets that do not fit; a function for cost that does not return such costs,
+            or comes with offsets or ``streaming=True``.
 
     Example:
         >>> x, y = torch.randn(50, 2, requires_grad=True), torch.randn(60, 2)
         >>> pyreg.functional.sinkhorn_points(x, y, epsilon=0.1).value.backward()
     """
     operator = "sinkhorn_points"
-    check_options_of_points(operator, cost, streaming)
+    check_cost(operator, cost, streaming, x_offsets, y_offsets)
     check_points(operator, x, y)
     problems = problems_of_points(operator, x, y, x_offsets, y_offsets)
     options = Options(*(a, b, epsilon, relative_epsilon, rho_a, rho_b, reference, max_iter, tol, epsilon_scaling, init))
-    points = problems.rows.inside(computed(x)), problems.columns.inside(computed(y))
-    return solve(operator, PointCost(*points, cost, problems, streaming), problems, options, x, "x", points[1])
+    between = cost_between(operator, computed(x), computed(y), cost, problems, streaming)
+    return solve(operator, between, problems, options, x, "x", problems.columns.inside(computed(y)))
 
 
 # ---- arguments ----
-
-
-def check_options_of_points(operator: str, cost: str, streaming: bool | None) -> None:
-    if cost not in _pairwise_cost.COSTS:
-        raise ValueError(f"{operator}: expected cost to be 'sqeuclidean', 'euclidean' or 'cosine', got {cost!r}")
-    if streaming is not None and not isinstance(streaming, bool):
-        raise TypeError(f"{operator}: expected streaming to be True, False or None, got {streaming!r}")
 
 
 def computed(tensor: Tensor) -> Tensor:
@@ -210,8 +207,63 @@ def _check_device(operator: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def check_points(operator: str, x: Tensor, y: Tensor) -> None:
-    for name, points, symbol in (("x", x, "n"), ("y", y, "m")):
+def check_cost(
+    operator: str,
+    cost: Cost,
+    streaming: bool | None,
+    x_offsets: Offsets | None = None,
+    y_offsets: Offsets | None = None,
+) -> None:
+    """What costs between points may be, and how the iteration may be made."""
+    if not callable(cost) and cost not in _pairwise_cost.COSTS:
+        raise ValueError(
+            f"{operator}: expected cost to be 'sqeuclidean', 'euclidean', 'cosine' or a function of points, got "
+            f"{cost!r}"
+        )
+    if streaming is not None and not isinstance(streaming, bool):
+        raise TypeError(f"{operator}: expected streaming to be True, False or None, got {streaming!r}")
+    if callable(cost) and streaming:
+        raise ValueError(
+            f"{operator}: expected cost to be 'sqeuclidean', 'euclidean' or 'cosine' with streaming=True, got a "
+            "function, whose costs are held; leave streaming out"
+        )
+    if callable(cost) and (x_offsets is not None or y_offsets is not None):
+        given = "y_offsets" if x_offsets is None else "x_offsets"
+        raise ValueError(
+            f"{operator}: expected cost to be 'sqeuclidean', 'euclidean' or 'cosine' with {given}, got a function; "
+            "solve the problems one by one, or pad them with points of weight 0"
+        )
+
+
+def cost_between(
+    operator: str, x: Tensor, y: Tensor, cost: Cost, problems: Problems, streaming: bool | None
+) -> DenseCost | PointCost:
+    """Of points in the dtype that is computed in."""
+    if isinstance(cost, str):
+        points = problems.rows.inside(x), problems.columns.inside(y)
+        return PointCost(*points, cost, problems, streaming)
+    with _library.no_autocast(x):
+        costs = cost(x, y)
+    if not isinstance(costs, Tensor):
+        raise TypeError(f"{operator}: expected cost to return a tensor, got {type(costs).__name__}")
+    expected = (*x.shape[:-1], y.shape[-2])
+    if costs.shape != expected:
+        raise ValueError(
+            f"{operator}: expected cost to return costs of shape [..., n, m] = {list(expected)}, got "
+            f"{list(costs.shape)}"
+        )
+    if costs.dtype != x.dtype or costs.device != x.device:
+        raise TypeError(
+            f"{operator}: expected cost to return costs of {x.dtype} on {x.device}, as its points are, got "
+            f"{costs.dtype} on {costs.device}; end it with .to(x)"
+        )
+    return DenseCost(costs.reshape(-1, *costs.shape[-2:]).contiguous())
+
+
+def check_points(operator: str, x: Tensor, y: Tensor, names: tuple[str, str] = ("x", "y")) -> None:
+    """Points that a cost may be taken between; errors call them by the names given."""
+    x_name, y_name = names
+    for name, points, symbol in ((x_name, x, "n"), (y_name, y, "m")):
         _library.check_float(operator, name, points)
         _check_device(operator, name, points)
         if points.dim() < 2 or 0 in points.shape[-2:]:
@@ -224,16 +276,18 @@ def check_points(operator: str, x: Tensor, y: Tensor) -> None:
             _checks.check_finite(operator, name, points)
     if y.device != x.device:
         raise ValueError(
-            f"{operator}: expected y on the device of x, {x.device}, got {y.device}; move it with y.to(x.device)"
+            f"{operator}: expected {y_name} on the device of {x_name}, {x.device}, got {y.device}; move it with "
+            f"{y_name}.to({x_name}.device)"
         )
     if y.dtype != x.dtype:
         raise TypeError(
-            f"{operator}: expected y of the dtype of x, {x.dtype}, got {y.dtype}; convert it with y.to(x.dtype)"
+            f"{operator}: expected {y_name} of the dtype of {x_name}, {x.dtype}, got {y.dtype}; convert it with "
+            f"{y_name}.to({x_name}.dtype)"
         )
     if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
         raise ValueError(
-            f"{operator}: expected x [..., n, d] and y [..., m, d] with the same batch and dimension, got "
-            f"{list(x.shape)} and {list(y.shape)}"
+            f"{operator}: expected {x_name} [..., n, d] and {y_name} [..., m, d] with the same batch and dimension, "
+            f"got {list(x.shape)} and {list(y.shape)}"
         )
 
 

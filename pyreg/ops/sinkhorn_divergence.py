@@ -15,7 +15,7 @@ from torch import Tensor
 from pyreg.ops import _library, sinkhorn
 from pyreg.ops._point_cost import PointCost
 from pyreg.ops._potentials import Side
-from pyreg.ops._problems import Problems
+from pyreg.ops._problems import Entries, Problems
 from pyreg.ops._self_potentials import self_potentials, self_value
 from pyreg.ops._transport import Progress
 from pyreg.ops._transport_problem import Number, Options, solve_sides
@@ -29,7 +29,7 @@ def sinkhorn_divergence(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
-    cost: str = "sqeuclidean",
+    cost: sinkhorn.Cost = "sqeuclidean",
     epsilon: Number | None = None,
     relative_epsilon: float | None = None,
     rho: float | None = None,
@@ -56,7 +56,8 @@ def sinkhorn_divergence(
             float64, float32, bfloat16 or float16.
         a, b: weights ``[n]`` or ``[..., n]`` and ``[m]`` or ``[..., m]`` of the points' dtype, at least 0; 1 / n and
             1 / m by default. Their sums must be equal but for a finite rho.
-        cost: ``"sqeuclidean"``, ``"euclidean"`` or ``"cosine"``.
+        cost: ``"sqeuclidean"``, ``"euclidean"``, ``"cosine"``, or a function of points that returns their costs, as
+            of :func:`sinkhorn_points`; they are held then, and under some costs the divergence is below 0.
         epsilon: above 0; a number, or a tensor ``[...]`` with one for each problem. That of geomloss's ``blur`` is
             ``2 blur^2`` for ``"sqeuclidean"``, whose divergence is twice geomloss's, and ``blur`` for ``"euclidean"``.
         relative_epsilon: in place of epsilon, which then is this many times the mean cost between x and y.
@@ -89,22 +90,41 @@ def sinkhorn_divergence(
         >>> x, y = torch.randn(50, 2, requires_grad=True), torch.randn(60, 2)
         >>> pyreg.functional.sinkhorn_divergence(x, y, epsilon=0.1).backward()
     """
-    sinkhorn.check_options_of_points(_NAME, cost, streaming)
+    sinkhorn.check_cost(_NAME, cost, streaming, x_offsets, y_offsets)
     sinkhorn.check_points(_NAME, x, y)
-    penalty = _penalty(rho)
+    penalty, like = _penalty(rho), x
     problems = sinkhorn.problems_of_points(_NAME, x, y, x_offsets, y_offsets)
     options = Options(
         a, b, epsilon, relative_epsilon, penalty, penalty, "product", max_iter, tol, epsilon_scaling, None
     )
-    inside = problems.rows.inside(sinkhorn.computed(x)), problems.columns.inside(sinkhorn.computed(y))
-    between = PointCost(*inside, cost, problems, streaming)
-    row, column, progress = solve_sides(_NAME, between, problems, options, x, "x")
+    x, y = sinkhorn.computed(x), sinkhorn.computed(y)
+    between = sinkhorn.cost_between(_NAME, x, y, cost, problems, streaming)
+    row, column, progress = solve_sides(_NAME, between, problems, options, like, "x")
     if _library.can_read(progress.error):
         progress.warn(_NAME)
-    selves = _self_values(between.points, (row, column), problems, between.code, progress)
+    if isinstance(between, PointCost):
+        selves = _self_values(between.points, (row, column), problems, between.code, progress)
+    else:
+        selves = (
+            _value_of_function(cost, x, problems.rows, row, options._replace(b=a), like),
+            _value_of_function(cost, y, problems.columns, column, options._replace(a=b), like),
+        )
     masses = row.weights.sum(1) - column.weights.sum(1)
     divergence = between.value(row, column) - sum(selves) / 2 + row.epsilon / 2 * masses.square()
     return problems.numbers(divergence).to(between.dtype)
+
+
+def _value_of_function(
+    cost: sinkhorn.Cost, x: Tensor, entries: Entries, side: Side, options: Options, like: Tensor
+) -> Tensor:
+    """``[B]``, of points with themselves, by the iteration that alternates: nothing is known of the cost."""
+    problems = Problems(entries.shape[:-1], entries, entries)
+    own = sinkhorn.cost_between(_NAME, x, x, cost, problems, None)
+    options = options._replace(epsilon=problems.numbers(side.epsilon), relative_epsilon=None)
+    row, column, progress = solve_sides(_NAME, own, problems, options, like, "x")
+    if _library.can_read(progress.error):
+        progress.warn(_NAME)
+    return own.value(row, column)
 
 
 def _penalty(rho: float | None) -> float:
