@@ -143,8 +143,8 @@ class PointCost:
         return point_plan(self.points, extended, column.epsilon, self.code, z=z, rows=True)[0]
 
     def conditional_product(self, x: Tensor, column: Side, z: Tensor) -> Tensor:
-        """``E B z [B, q, k]`` of other rows' points ``x [B, q, d]``, each row of E up to a factor that is a constant:
-        its largest sum."""
+        """``E B z [B, q, k]`` of other rows' points ``x [B, q, d]``, under potentials that are constants and with which
+        rows of E B sum to 1: to be divided by that sum, which has a gradient."""
         x = _pairwise_cost.units(x) if self._cost == "cosine" else x
         y = self.points[1]
         options = self.code, column.masked, column.epsilon

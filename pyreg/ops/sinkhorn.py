@@ -167,7 +167,7 @@ def sinkhorn_points(
             :func:`sinkhorn`.
 
     Returns:
-        :class:`Transport`; its ``barycentric_map()`` needs no points.
+        :class:`Transport`; its ``barycentric_map()`` needs no points, its ``map()`` takes new ones.
 
     Gradient:
         With respect to ``x``, ``y``, ``a`` and ``b``, to any order, as of :func:`sinkhorn`:
