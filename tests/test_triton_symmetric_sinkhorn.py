@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyreg.ops import _pairwise_cost
+from pyreg.nn import SamplesLoss
+from pyreg.ops import _pairwise_cost, _symmetric_sinkhorn, samples_loss
 from pyreg.ops._symmetric_sinkhorn import plain, plain_self
 from tests.oracle import ROUNDOFF, assert_runs_without_waiting_and_in_a_graph
 
@@ -95,12 +96,17 @@ def run(function: Any, arguments: dict[str, Any], device: torch.device, dtype: t
     return tuple(part.cpu() for part in function(*there))
 
 
+def potentials(*arguments: Any) -> tuple[Tensor, ...]:
+    """Of what the operator gives, what the kernels do."""
+    return plain(*arguments)[:8]
+
+
 def assert_as_plain(
     kernels: ModuleType, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype = DOUBLE
 ) -> tuple[Tensor, ...]:
     """Float64's to rounding; float32's to twice plain's error, and some roundings of the largest cost or potential."""
     is_own = "y" not in arguments
-    function, ours = (plain_self, "symmetric_sinkhorn_self") if is_own else (plain, "symmetric_sinkhorn")
+    function, ours = (plain_self, "symmetric_sinkhorn_self") if is_own else (potentials, "symmetric_sinkhorn")
     actual = run(getattr(kernels, ours), arguments, device, dtype)
     truth = function(*arguments.values())
     if dtype == FLOAT:
@@ -357,6 +363,25 @@ def test_arguments_are_left_alone(kernels: ModuleType, triton_device: torch.devi
         assert len(set(owners)) == len(owners)
         for value, after in zip(before, there, strict=True):
             assert torch.equal(value, after) if isinstance(value, Tensor) else value == after
+
+
+def test_samples_loss_of_these_kernels(
+    monkeypatch: pytest.MonkeyPatch, kernels: ModuleType, triton_device: torch.device, large_tiles: None
+) -> None:
+    """They leave no slopes, which are passes over the plan then."""
+    x, y = (torch.rand(count, 3, dtype=DOUBLE) for count in (21, 18))
+    loss = SamplesLoss(p=2, blur=0.3, reach=0.7)
+
+    def run_on(device: torch.device) -> list[Tensor]:
+        leaves = [points.to(device).requires_grad_() for points in (x, y)]
+        value = loss(*leaves)
+        return [part.cpu() for part in (value, *torch.autograd.grad(value, leaves))]
+
+    expected = run_on(torch.device("cpu"))
+    if triton_device.type == "cpu":
+        monkeypatch.setattr(samples_loss, "symmetric_sinkhorn", _symmetric_sinkhorn._on_cuda)
+    for actual, truth in zip(run_on(triton_device), expected, strict=True):
+        torch.testing.assert_close(actual.detach(), truth.detach(), rtol=1e-10, atol=1e-12)
 
 
 # ---- on a GPU alone ----

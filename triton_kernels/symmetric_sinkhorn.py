@@ -451,7 +451,11 @@ def update_kernel(
         error = tl.sum(tl.where(row_exists, error, 0.0), 0)
         error = tl.where(epsilon <= last_epsilon, error, float("inf"))
         tl.store(new_errors_ptr + problem.to(tl.int64) * x_blocks + block, error)
-    new = tl.where(averages != 0, 0.5 * (old + new), new)
+    average = 0.5 * (old + new)
+    if errors_ptr is not None:
+        # Where a point has no weight no other's potential follows its own: the error does not tell how far that is off.
+        average = tl.where(weight == 0.0, new, average)
+    new = tl.where(averages != 0, average, new)
     tl.store(new_potentials_ptr + row_at, new, mask=row_exists)
     high, low = _in_steps((new - half) * (LOG2_E / next_epsilon), TOTAL)
     tl.store(highs_ptr + row_at, high, mask=row_exists)
