@@ -19,6 +19,7 @@ from torch import Tensor
 
 import pyreg.functional
 from pyreg.nn import SamplesLoss
+from pyreg.ops._symmetric_sinkhorn import symmetric_sinkhorn
 from pyreg.reference import sinkhorn_divergence as reference
 
 from . import floor
@@ -29,6 +30,7 @@ OPERATOR = "sinkhorn_divergence"
 
 BLUR, SCALING = 0.05, 0.5
 TENSORIZED, ONLINE, BY_TOLERANCE = "geomloss tensorized", "geomloss online", "sinkhorn_divergence"
+PLAIN = "plain iterations"
 HAS_GEOMLOSS, HAS_KEOPS = (importlib.util.find_spec(name) is not None for name in ("geomloss", "pykeops"))
 
 # In more dimensions costs are products; in fewer they are formed beside the exponentials.
@@ -88,7 +90,7 @@ def contenders(d: int, smoke: bool) -> list[Contender]:
 
 def workloads(device: str, smoke: bool = False) -> list[Workload]:
     if device == "cuda":
-        return []
+        return [_iterations(n, d, smoke) for n, d in ((10000, 64), (10000, 3), (50000, 64))]
     return [_points(n, d, smoke) for n, d in ((5000, 3), (2000, 64), (256, 2))]
 
 
@@ -102,6 +104,40 @@ def _points(n: int, d: int, smoke: bool) -> Workload:
     name = f"{n}x{d}"
     found = contenders(d, smoke)
     return Workload(OPERATOR, name, "float32", "cpu", make_inputs, found, cached=True, resident=True)
+
+
+def _iterations(n: int, d: int, smoke: bool) -> Workload:
+    """Iterations alone, on a GPU: of the three problems of a debiased loss, and of the one between x and y that
+    `sinkhorn_points` makes, which brings one side up to date after the other. The floor is that one's products."""
+    count, made, epsilon = (64 if smoke else n), 3 if smoke else 20, 2 * BLUR**2
+
+    def make_inputs(generator: torch.Generator) -> Inputs:
+        x, y = (torch.rand(count, d, generator=generator, device=generator.device) for _ in range(2))
+        return x, y
+
+    def debiased(inputs: Inputs) -> Call:
+        x, y = (points.unsqueeze(0) for points in inputs)
+        weights = x.new_full((1, count), 1 / count, dtype=torch.float64)
+        options = (0, 0.0, weights, weights, [epsilon] * (made - 2), math.inf, True, False, False)
+        return lambda: symmetric_sinkhorn(x, y, *options)
+
+    def plain(inputs: Inputs) -> Call:
+        return lambda: pyreg.functional.sinkhorn_points(*inputs, epsilon=epsilon, max_iter=made, tol=0).value
+
+    def products(inputs: Inputs) -> Call:
+        x, y = inputs
+        out = torch.empty(min(count, 8192), count, device=x.device)
+
+        def call() -> None:
+            for _ in range(2 * made):
+                for first in range(0, count, len(out)):
+                    rows = x[first : first + len(out)]
+                    torch.mm(rows, y.mT, out=out[: len(rows)])
+
+        return call
+
+    found = [Contender(OURS, debiased), Contender(PLAIN, plain), Contender(FLOOR, products)]
+    return Workload(OPERATOR, f"iterations {n}x{d}", "float32", "cuda", make_inputs, found, cached=True)
 
 
 def test_speed(measure: Callable[[], None]) -> None:

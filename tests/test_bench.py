@@ -513,6 +513,13 @@ class TestSinkhornDivergence:
         exact = bench_sinkhorn_divergence.divergence(x, y)
         assert exact.item() == pytest.approx(loss.item(), rel=5e-2)
 
+    def test_iterations_of_a_gpu_run(self) -> None:
+        """On the CPU, where they are not timed."""
+        for workload in bench_sinkhorn_divergence.workloads("cuda", smoke=True):
+            inputs = workload.make_inputs(torch.Generator().manual_seed(0))
+            for contender in workload.contenders:
+                contender.prepare(inputs)()
+
     def test_exponentials_take_time_by_their_number(self) -> None:
         def best_of(count: int) -> float:
             call = floor.exponentials(count)
