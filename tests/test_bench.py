@@ -333,7 +333,7 @@ class TestCommand:
         assert command.main(["--device", "cpu", "sinkhole"]) == 2
         error = capsys.readouterr().err
         assert "no operator named sinkhole on cpu; there are: " in error
-        assert "orthograd, sinkhorn, stablemax_cross_entropy" in error
+        assert "orthograd, partial_transport, sinkhorn, sinkhorn_divergence, stablemax_cross_entropy" in error
 
     @pytest.mark.parametrize(("strict", "status"), [([], 0), (["--strict"], 1)])
     def test_a_missed_target_fails_only_a_strict_run(

@@ -70,4 +70,13 @@ void repeat_in_parallel(int64_t parts, Part&& part, GoOn&& go_on) {
   });
 }
 
+// function(0), ..., function(blocks - 1), shared by the threads.
+template <typename Function>
+void for_each_block(int64_t blocks, Function&& function) {
+  parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
+    for (int64_t block = begin; block < end; ++block) function(block);
+  });
+}
+
 }  // namespace pyreg::PYREG_ISA

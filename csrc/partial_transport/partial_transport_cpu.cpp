@@ -83,7 +83,7 @@ class Solver {
   }
 
   void run() {
-    for_each_block([&](int64_t block) { prepare_rows(block); });
+    for_each_block(blocks_, [&](int64_t block) { prepare_rows(block); });
     while (iteration_ < args_.max_iterations && !is_done()) {
       build_kernel();
       needs_exact_ = false;
@@ -91,7 +91,7 @@ class Solver {
       if (needs_exact_) exact_iteration();
     }
     if (needs_exact_ || distance() > kFarthest) build_kernel();
-    for_each_block([&](int64_t block) { write_rows(block); });
+    for_each_block(blocks_, [&](int64_t block) { write_rows(block); });
     for (int64_t j = 0; j <= k_; ++j) args_.log_scalings[j] = beta_.get()[j];
     *args_.error = error_;
     *args_.iterations = iteration_;
@@ -119,14 +119,6 @@ class Solver {
   }
 
   int64_t first_row(int64_t block) const { return n_ * block / blocks_; }
-
-  template <typename Function>
-  void for_each_block(Function&& function) const {
-    parallel_for(blocks_, 1, [&](int64_t begin, int64_t end) {
-      const FlushSubnormals flush;
-      for (int64_t block = begin; block < end; ++block) function(block);
-    });
-  }
 
   bool is_present(int64_t j) const { return j <= k_ && args_.targets[j] > 0; }
   bool is_done() const { return error_ <= args_.tolerance; }
@@ -217,7 +209,7 @@ class Solver {
     }
     masked_base_ = next_.get();
     set_scalings();
-    for_each_block([&](int64_t block) { build_rows(block); });
+    for_each_block(blocks_, [&](int64_t block) { build_rows(block); });
   }
 
   void build_rows(int64_t block) const {
@@ -363,7 +355,7 @@ class Solver {
   void exact_iteration() {
     for (int64_t j = 0; j < wide_; ++j) next_.get()[j] = is_present(j) ? beta_.get()[j] : -INFINITY;
     masked_base_ = next_.get();
-    for_each_block([&](int64_t block) { add_log_rows(block); });
+    for_each_block(blocks_, [&](int64_t block) { add_log_rows(block); });
     for (int64_t j = 0; j <= k_; ++j) {
       double maximum = kLeastExponent, sum = 0;
       for (int64_t block = 0; block < blocks_; ++block) {

@@ -213,14 +213,6 @@ class Problem {
 
   int64_t first_row(int64_t block) const { return n_ * block / blocks_; }
 
-  template <typename Function>
-  void for_each_block(Function&& function) const {
-    parallel_for(blocks_, 1, [&](int64_t begin, int64_t end) {
-      const FlushSubnormals flush;
-      for (int64_t block = begin; block < end; ++block) function(block);
-    });
-  }
-
   static double kappa(const SinkhornSide& side, int64_t i, double epsilon) { return side.kappa(i, epsilon); }
 
   double target(const SinkhornSide& side, int64_t i) const { return args_.target(side, i, epsilon_); }
@@ -244,14 +236,14 @@ class Problem {
   bool exact_iteration(double& error) {
     split_column_potentials();
     if (is_streaming_) {
-      for_each_block([&](int64_t block) {
+      for_each_block(blocks_, [&](int64_t block) {
         BlockState& state = block_states_.get()[block] = {};
         A* const exponentials = kernel_.get() + block * tile_ * stride_;
         for (int64_t i = first_row(block); i < first_row(block + 1); ++i) exact_row(i, exponentials, false, state);
       });
     } else {
       reset_columns();
-      for_each_block([&](int64_t block) { build_exact_rows(block); });
+      for_each_block(blocks_, [&](int64_t block) { build_exact_rows(block); });
       has_costs_ = false;
     }
     error = sum_of_errors();
@@ -260,7 +252,7 @@ class Problem {
     if constexpr (!Cost::kIsHeld) {
       has_costs_ = !is_streaming_;  // in K's memory, until it is formed anew
       if (has_costs_) {
-        for_each_block([&](int64_t block) {
+        for_each_block(blocks_, [&](int64_t block) {
           fill_costs_of(first_row(block), first_row(block + 1), kernel_.get() + first_row(block) * stride_);
         });
       }
@@ -334,7 +326,7 @@ class Problem {
   void log_domain_columns() {
     const A scale = static_cast<A>(1 / epsilon_);
     const A none = -static_cast<A>(__builtin_inf());
-    for_each_block([&](int64_t block) {
+    for_each_block(blocks_, [&](int64_t block) {
       A* const maxima = maxima_.get() + block * stride_;
       for (int64_t j = 0; j < stride_; ++j) maxima[j] = none;
       for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
@@ -353,7 +345,7 @@ class Problem {
       }
     }
     for (int64_t j = 0; j < stride_; ++j) shifted_.get()[j] = maxima[j] > none ? maxima[j] : A(0);
-    for_each_block([&](int64_t block) {
+    for_each_block(blocks_, [&](int64_t block) {
       A* const sums = partial_.get() + block * stride_;
       for (int64_t j = 0; j < stride_; ++j) sums[j] = 0;
       for (int64_t i = first_row(block); i < first_row(block + 1); ++i) {
@@ -424,7 +416,7 @@ class Problem {
       u_.get()[i] = std::isfinite(potential) ? A(1) : A(0);
     }
     if (is_streaming_) return;
-    for_each_block([&](int64_t block) {
+    for_each_block(blocks_, [&](int64_t block) {
       const int64_t first = first_row(block), end = first_row(block + 1);
       A* const k = kernel_.get() + first * stride_;
       if constexpr (!Cost::kIsHeld) {

@@ -85,22 +85,22 @@ struct HeldCosts {
   int64_t rows, stride;
   bool is_self;
 
-  HeldCosts(int64_t rows, int64_t columns, bool is_self)
+  PYREG_HOST_DEVICE HeldCosts(int64_t rows, int64_t columns, bool is_self)
       : rows(rows),
         stride((columns + kSymmetricPadding - 1) / kSymmetricPadding * kSymmetricPadding),
         is_self(is_self) {}
 
-  int64_t block_rows() const { return is_self && rows > kSelfBlock ? kSelfBlock : rows; }
-  int64_t blocks() const { return (rows + block_rows() - 1) / block_rows(); }
-  int64_t first_column(int64_t block) const { return is_self ? block * block_rows() : 0; }
-  int64_t width(int64_t block) const { return stride - first_column(block); }
-  int64_t offset(int64_t block) const {
+  PYREG_HOST_DEVICE int64_t block_rows() const { return is_self && rows > kSelfBlock ? kSelfBlock : rows; }
+  PYREG_HOST_DEVICE int64_t blocks() const { return (rows + block_rows() - 1) / block_rows(); }
+  PYREG_HOST_DEVICE int64_t first_column(int64_t block) const { return is_self ? block * block_rows() : 0; }
+  PYREG_HOST_DEVICE int64_t width(int64_t block) const { return stride - first_column(block); }
+  PYREG_HOST_DEVICE int64_t offset(int64_t block) const {
     const int64_t height = block_rows();
     return height * (block * stride - (is_self ? block * (block - 1) / 2 * height : 0));
   }
-  int64_t count() const { return offset(blocks()); }
+  PYREG_HOST_DEVICE int64_t count() const { return offset(blocks()); }
   // Row i's from column j on, which is none left of its block.
-  int64_t at(int64_t i, int64_t j) const {
+  PYREG_HOST_DEVICE int64_t at(int64_t i, int64_t j) const {
     const int64_t block = i / block_rows();
     return offset(block) + (i - block * block_rows()) * width(block) + j - first_column(block);
   }

@@ -13,7 +13,6 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
-#include <numeric>
 #include <vector>
 
 #include "core/math.h"
@@ -114,10 +113,8 @@ class Problem {
   void run() {
     begin();
     if (problem_.held != nullptr) {
-      parallel_for(blocks_, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block) {
-          for (int64_t p = block; p < panels_; p += blocks_) fill_panel(p, block);
-        }
+      for_each_block(blocks_, [&](int64_t block) {
+        for (int64_t p = block; p < panels_; p += blocks_) fill_panel(p, block);
       });
     }
     while (!is_done_) {
@@ -271,15 +268,16 @@ class Problem {
 
   void find_lost(const Points<A>& points, Points<A>& others) {
     others.coordinates();
-    std::vector<int64_t> lost;
+    const Scratch<int64_t> lost(points.side.count);
+    int64_t count = 0;
     for (int64_t i = 0; i < points.side.count; ++i) {
-      if (!is_sound(points.sums.get()[i])) lost.push_back(i);
+      if (!is_sound(points.sums.get()[i])) lost.get()[count++] = i;
     }
     const int64_t grain = std::max(int64_t{1}, kElementsPerTask / others.stride);
-    parallel_for(static_cast<int64_t>(lost.size()), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(count, grain, [&](int64_t begin, int64_t end) {
       const FlushSubnormals flush;
       for (int64_t k = begin; k < end; ++k) {
-        const int64_t i = lost[static_cast<size_t>(k)];
+        const int64_t i = lost.get()[k];
         const double log_sum = this->log_sum(points.points() + i * args_.dimension, others);
         points.next.get()[i] = -points.side.kappa(i, epsilon_) * epsilon_ * log_sum;
         points.sums.get()[i] = static_cast<A>(std::exp(points.scaled.get()[i] * kLn2 + log_sum));
@@ -293,7 +291,8 @@ class Problem {
     const int64_t d = args_.dimension;
     const A* const point = points.points() + i * d;
     const PointsCost<A, kCost, kDimension> cost = cost_from(point, others);
-    std::vector<double> slope(static_cast<size_t>(d), 0.0);
+    const Scratch<double> slope(d);
+    std::fill_n(slope.get(), d, 0.0);
     A costs[kLanes<A>];
     for (int64_t first = 0; first < others.side.count; first += kLanes<A>) {
       store(costs, cost.at({point}, first));
@@ -305,12 +304,12 @@ class Problem {
         const double w = kCost == PointCost::euclidean ? (c * c > args_.least_square ? e / c : 0) : e;
         for (int64_t k = 0; k < d; ++k) {
           const double y = static_cast<double>(others.points()[j * d + k]);
-          slope[k] += kCost == PointCost::cosine ? -w * y : w * (static_cast<double>(point[k]) - y);
+          slope.get()[k] += kCost == PointCost::cosine ? -w * y : w * (static_cast<double>(point[k]) - y);
         }
       }
     }
     A* const to = static_cast<A*>(points.side.slopes) + i * d;
-    for (int64_t k = 0; k < d; ++k) to[k] = static_cast<A>((kCost == PointCost::sqeuclidean ? 2 : 1) * slope[k]);
+    for (int64_t k = 0; k < d; ++k) to[k] = static_cast<A>((kCost == PointCost::sqeuclidean ? 2 : 1) * slope.get()[k]);
     points.sums.get()[i] = 0;  // what others' sums hold of it does not count
     points.side.sums[i] = 0;
   }
@@ -543,26 +542,27 @@ class Problem {
   bool is_done_ = false;
 };
 
+struct Ranked {
+  int64_t pairs, index;
+};
+
 template <typename A, PointCost kCost, int64_t kDimension>
 void solve_all(const SymmetricSinkhornArgs& args) {
-  const int64_t least_shared = args.problem_count == 1 ? 0 : kLeastSharedOfSeveral;
-  const auto pairs = [&](int64_t k) {
+  const int64_t count = args.problem_count, least_shared = count == 1 ? 0 : kLeastSharedOfSeveral;
+  std::vector<Ranked> order;
+  order.reserve(static_cast<size_t>(count));
+  for (int64_t k = 0; k < count; ++k) {
     const SymmetricProblem& problem = args.problems[k];
-    return problem.row.count * problem.column.count / (problem.is_self ? 2 : 1);
-  };
-  std::vector<int64_t> order(static_cast<size_t>(args.problem_count));
-  std::iota(order.begin(), order.end(), int64_t{0});
+    order.push_back({problem.row.count * problem.column.count / (problem.is_self ? 2 : 1), k});
+  }
   // The largest first: small ones fill what is left of the threads' time.
-  std::stable_sort(order.begin(), order.end(), [&](int64_t k, int64_t l) { return pairs(k) > pairs(l); });
-  const auto run = [&](int64_t k) {
-    Problem<A, kCost, kDimension>(args, args.problems[order[static_cast<size_t>(k)]]).run();
-  };
+  std::stable_sort(order.begin(), order.end(), [](const Ranked& k, const Ranked& l) { return k.pairs > l.pairs; });
+  const auto run = [&](int64_t k) { Problem<A, kCost, kDimension>(args, args.problems[order[k].index]).run(); };
   int64_t shared = 0;
-  for (; shared < args.problem_count && pairs(order[static_cast<size_t>(shared)]) >= least_shared; ++shared)
-    run(shared);
+  for (; shared < count && order[shared].pairs >= least_shared; ++shared) run(shared);
   std::atomic<int64_t> next{shared};
-  parallel_for(args.problem_count - shared, 1, [&](int64_t, int64_t) {
-    for (int64_t k = next++; k < args.problem_count; k = next++) run(k);
+  parallel_for(count - shared, 1, [&](int64_t, int64_t) {
+    for (int64_t k = next++; k < count; k = next++) run(k);
   });
 }
 
