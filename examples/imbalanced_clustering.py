@@ -322,10 +322,10 @@ def table(methods: Sequence[Method], ratio: float, epochs: int) -> Table:
     result = Table(
         title=f"{len(runs[0].truth)} digits, classes of {LARGEST} to {round(LARGEST / ratio)}, {len(runs)} seeds, "
         f"{epochs} epochs",
-        caption="Accuracies (%), mean ± standard deviation over seeds. vs equal sizes: seeds better / equal / worse.",
+        caption="Accuracies (%), mean ± standard deviation over seeds. Seeds: better / equal / worse than equal sizes.",
     )
     result.add_column("", no_wrap=True)
-    for heading in ("overall", *KINDS, "NMI", "vs equal sizes"):
+    for heading in ("overall", *KINDS, "NMI", "seeds"):
         result.add_column(heading, justify="right", no_wrap=True)
     equal = next(method for method in methods if method.name == "equal sizes")
     for method in methods:
@@ -343,7 +343,7 @@ def table(methods: Sequence[Method], ratio: float, epochs: int) -> Table:
 
 def spread(values: Sequence[float]) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"
+    return f"{100 * statistics.mean(values):.1f}\n± {100 * deviation:.1f}"
 
 
 def band(axis: Axes, x: Sequence[float], rows: Tensor, method: Method, marker: str) -> None:
