@@ -13,6 +13,7 @@
 #include "core/huge_pages.h"
 #include "core/math.h"
 #include "core/parallel.h"
+#include "core/row_groups.h"
 #include "core/rows.h"
 #include "core/simd.h"
 #include "core/team.h"
@@ -256,20 +257,13 @@ class Solver {
   Vector<A> scale_tile(int64_t first, int count, A* chunk) const {
     const A* const k = kernel_ + first * stride_;
     A sums[kLanes<A>] = {}, u[kLanes<A>];
-    in_groups(count, [&](auto rows, int64_t r) { sum_rows<rows>(k + r * stride_, sums + r); });
+    in_groups<kTogether>(count, [&](auto rows, int64_t r) { sum_rows<rows>(k + r * stride_, sums + r); });
     const Vector<A> of_virtual = load(virtual_.get() + first);
     const Vector<A> sum = load(sums) + of_virtual * virtual_v_;
     const Vector<A> inverse = lane_index<A>() < count ? A(1) / sum : Vector<A>{};
     store(u, inverse);
-    in_groups(count, [&](auto rows, int64_t r) { add_rows<rows>(k + r * stride_, u + r, chunk); });
+    in_groups<kTogether>(count, [&](auto rows, int64_t r) { add_rows<rows>(k + r * stride_, stride_, u + r, chunk); });
     return of_virtual * inverse;
-  }
-
-  template <typename Function>
-  static void in_groups(int64_t count, Function&& function) {
-    int64_t r = 0;
-    for (; r + kTogether <= count; r += kTogether) function(std::integral_constant<int64_t, kTogether>{}, r);
-    for (; r < count; ++r) function(std::integral_constant<int64_t, 1>{}, r);
   }
 
   // K v
@@ -282,16 +276,6 @@ class Solver {
       for (int64_t r = 0; r < kRows; ++r) sums[r] += load(k + r * stride_ + j) * scaling;
     }
     for (int64_t r = 0; r < kRows; ++r) to[r] = sum_lanes(sums[r]);
-  }
-
-  // t += K^T u
-  template <int64_t kRows>
-  void add_rows(const A* k, const A* u, A* t) const {
-    for (int64_t j = 0; j < stride_; j += kLanes<A>) {
-      Vector<A> total = load(t + j);
-      for (int64_t r = 0; r < kRows; ++r) total += u[r] * load(k + r * stride_ + j);
-      store(t + j, total);
-    }
   }
 
   // Whether scaling goes on.

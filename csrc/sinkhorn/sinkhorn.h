@@ -25,16 +25,19 @@
 
 namespace pyreg {
 
+// rho / (rho + eps), of penalties that are all infinite where there are none.
+PYREG_HOST_DEVICE double sinkhorn_kappa(const double* rhos, int64_t i, double epsilon) {
+  if (rhos == nullptr || rhos[i] == static_cast<double>(INFINITY)) return 1;
+  return rhos[i] / (rhos[i] + epsilon);
+}
+
 struct SinkhornSide {
   const double* targets;  // [batch, count]: target_i but for epsilon: log a, or NaN-free -inf
   const double* rhos;     // [batch, count] or null: all infinite
   const double* weights;  // [batch, count]: a, for the marginals' error
   double* potentials;     // [batch, count] in: where to begin; out: F or G
 
-  PYREG_HOST_DEVICE double kappa(int64_t i, double epsilon) const {
-    if (rhos == nullptr || rhos[i] == static_cast<double>(INFINITY)) return 1;
-    return rhos[i] / (rhos[i] + epsilon);
-  }
+  PYREG_HOST_DEVICE double kappa(int64_t i, double epsilon) const { return sinkhorn_kappa(rhos, i, epsilon); }
 };
 
 // cosine: of points of length 1, 1 - x . y

@@ -13,6 +13,7 @@
 #include "core/huge_pages.h"
 #include "core/math.h"
 #include "core/parallel.h"
+#include "core/row_groups.h"
 #include "core/rows.h"
 #include "core/simd.h"
 #include "core/team.h"
@@ -534,17 +535,10 @@ class Problem {
       }
     }
     A sums[kLanes<A>] = {}, u[kLanes<A>];
-    in_groups(count, [&](auto rows, int64_t r) { sum_rows<rows>(k + r * stride_, sums + r); });
+    in_groups<kTogether<A>>(count, [&](auto rows, int64_t r) { sum_rows<rows>(k + r * stride_, sums + r); });
     store(u, row_scalings(first, static_cast<int>(count), load(sums), block_states_.get()[block]));
     A* const t = partial_.get() + block * stride_;
-    in_groups(count, [&](auto rows, int64_t r) { add_rows<rows>(k + r * stride_, u + r, t); });
-  }
-
-  template <typename Function>
-  static void in_groups(int64_t count, Function&& function) {
-    int64_t r = 0;
-    for (; r + kTogether<A> <= count; r += kTogether<A>) function(std::integral_constant<int64_t, kTogether<A>>{}, r);
-    for (; r < count; ++r) function(std::integral_constant<int64_t, 1>{}, r);
+    in_groups<kTogether<A>>(count, [&](auto rows, int64_t r) { add_rows<rows>(k + r * stride_, stride_, u + r, t); });
   }
 
   // K v
@@ -564,16 +558,6 @@ class Problem {
       for (int64_t r = 0; r < kRows; ++r) sums[r][0] += load(k + r * stride_ + j) * load(v + j);
     }
     for (int64_t r = 0; r < kRows; ++r) to[r] = sum_lanes(sums[r][0] + sums[r][1]);
-  }
-
-  // t += K^T u
-  template <int64_t kRows>
-  void add_rows(const A* k, const A* u, A* t) const {
-    for (int64_t j = 0; j < stride_; j += kLanes<A>) {
-      Vector<A> total = load(t + j);
-      for (int64_t r = 0; r < kRows; ++r) total += u[r] * load(k + r * stride_ + j);
-      store(t + j, total);
-    }
   }
 
   // factor sum^-kappa

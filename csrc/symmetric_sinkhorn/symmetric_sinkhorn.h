@@ -42,9 +42,7 @@ struct SymmetricSide {
   void* slopes;           // [count, dimension] or null
   double* sums;           // [count] or null: sum_j b_j E_ij of `next`; 0 where the kernel has set the slope by itself
 
-  PYREG_HOST_DEVICE double kappa(int64_t i, double epsilon) const {
-    return rhos == nullptr || rhos[i] == static_cast<double>(INFINITY) ? 1 : rhos[i] / (rhos[i] + epsilon);
-  }
+  PYREG_HOST_DEVICE double kappa(int64_t i, double epsilon) const { return sinkhorn_kappa(rhos, i, epsilon); }
 };
 
 struct SymmetricProblem {

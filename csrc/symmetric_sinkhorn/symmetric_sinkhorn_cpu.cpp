@@ -17,6 +17,7 @@
 
 #include "core/math.h"
 #include "core/parallel.h"
+#include "core/row_groups.h"
 #include "core/rows.h"
 #include "core/simd.h"
 #include "core/team.h"
@@ -414,13 +415,6 @@ class Problem {
       });
       if (kWithSlopes && kDimension == 0 && problem_.held != nullptr && problem_.is_self) clear_half(p);
     }
-  }
-
-  template <int64_t kRows, typename Function>
-  static void in_groups(int64_t count, Function&& function) {
-    int64_t r = 0;
-    for (; r + kRows <= count; r += kRows) function(std::integral_constant<int64_t, kRows>{}, r);
-    for (; r < count; ++r) function(std::integral_constant<int64_t, 1>{}, r);
   }
 
   // W left of the diagonal, and half of it on the diagonal.

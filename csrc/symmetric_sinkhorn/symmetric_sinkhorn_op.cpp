@@ -22,6 +22,12 @@ constexpr int64_t kMostDirect = 3;
 // same memory, for that of the first touch costs as much as an iteration.
 constexpr int64_t kHeldTogether = int64_t{1} << 22;
 
+// How many costs are held: none where the kernel forms them anew.
+int64_t held_count(int64_t rows, int64_t columns, bool is_self, int64_t dimension, size_t bytes) {
+  const int64_t count = HeldCosts(rows, columns, is_self).count();
+  return dimension > kMostDirect && count * static_cast<int64_t>(bytes) <= kMostHeld ? count : 0;
+}
+
 struct Cloud {
   Tensor points, weights;  // [B, n, d], [B, n]
 
@@ -69,14 +75,16 @@ struct Found {
   Tensor potentials, next, slopes, sums;
 
   Found(const Cloud& cloud, bool is_wanted, bool has_slopes)
-      : potentials(
-            empty({is_wanted ? cloud.batch() : 0, is_wanted ? cloud.count() : 0}, ScalarType::Double, cloud.points)),
-        next(empty({is_wanted ? cloud.batch() : 0, is_wanted ? cloud.count() : 0}, ScalarType::Double, cloud.points)),
-        slopes(empty(
-            {has_slopes ? cloud.batch() : 0, has_slopes ? cloud.count() : 0, has_slopes ? cloud.points.size(2) : 0},
-            cloud.points.scalar_type(), cloud.points)),
-        sums(empty({has_slopes ? cloud.batch() : 0, has_slopes ? cloud.count() : 0}, ScalarType::Double,
-                   cloud.points)) {}
+      : potentials(numbers(cloud, is_wanted)),
+        next(numbers(cloud, is_wanted)),
+        slopes(has_slopes ? empty({cloud.batch(), cloud.count(), cloud.points.size(2)}, cloud.points.scalar_type(),
+                                  cloud.points)
+                          : empty({0, 0, 0}, cloud.points.scalar_type(), cloud.points)),
+        sums(numbers(cloud, has_slopes)) {}
+
+  static Tensor numbers(const Cloud& cloud, bool is_there) {
+    return is_there ? cloud.potentials() : empty({0, 0}, ScalarType::Double, cloud.points);
+  }
 
   SymmetricSide side(const Cloud& cloud, int64_t index, const double* rhos) const {
     SymmetricSide result = cloud.side(index, rhos, potentials);
@@ -188,22 +196,20 @@ class HeldProblem {
 
 template <typename A>
 void solve_held(SymmetricSinkhornArgs args, std::vector<SymmetricProblem>& problems, const Tensor& like) {
-  const auto held_count = [&](const SymmetricProblem& problem) {
-    const int64_t count = HeldCosts(problem.row.count, problem.column.count, problem.is_self).count();
-    const bool is_held = args.dimension > kMostDirect && count * static_cast<int64_t>(sizeof(A)) <= kMostHeld;
-    return is_held ? count : 0;
+  const auto held_count_of = [&](const SymmetricProblem& problem) {
+    return held_count(problem.row.count, problem.column.count, problem.is_self, args.dimension, sizeof(A));
   };
   constexpr int64_t kTogether = kHeldTogether / static_cast<int64_t>(sizeof(A));
   int64_t largest = 0, all = 0;
   for (const SymmetricProblem& problem : problems) {
-    largest = std::max(largest, held_count(problem));
-    all += held_count(problem);
+    largest = std::max(largest, held_count_of(problem));
+    all += held_count_of(problem);
   }
   const Tensor memory = empty({std::max(largest, std::min(all, kTogether))}, like.scalar_type(), like);
   for (size_t first = 0, end = 0; first < problems.size(); first = end) {
     std::vector<HeldProblem<A>> held;
     for (int64_t total = 0; end < problems.size(); ++end) {
-      const int64_t count = held_count(problems[end]);
+      const int64_t count = held_count_of(problems[end]);
       if (end > first && total + count > kTogether) break;
       if (count > 0) {
         held.emplace_back(problems[end], args.point_cost, args.dimension, memory, total);
@@ -225,9 +231,8 @@ void solve(const SymmetricSinkhornArgs& args, std::vector<SymmetricProblem>& pro
 
 // Whether the largest of the problems has slopes here; beyond, they are a pass over the plan for themselves.
 bool can_hold_slopes(int64_t n, int64_t m, int64_t dimension, size_t bytes) {
-  if (dimension <= kMostDirect) return true;
   const int64_t most = std::max(n, m);
-  return HeldCosts(most, most, false).count() * static_cast<int64_t>(bytes) <= kMostHeld;
+  return dimension <= kMostDirect || held_count(most, most, false, dimension, bytes) > 0;
 }
 
 using Results =

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,26 @@ def reads_values(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta:
         return False
     return tensor.is_cpu or _library.checks_values()
+
+
+def check_beside(operator: str, name: str, tensor: Any, like: Tensor, like_name: str) -> None:
+    """An error for what is no tensor, or on another device than the argument ``like_name``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{operator}: expected {name} on the device of {like_name}, {like.device}, got {tensor.device}; move it "
+            f"with {name}.to({str(like.device)!r})"
+        )
+
+
+def check_weights(operator: str, name: str, weights: Tensor) -> None:
+    """Finite and at least 0, where values are read."""
+    if not reads_values(weights) or weights.numel() == 0:
+        return
+    check_finite(operator, name, weights)
+    if (least := weights.min().item()) < 0:
+        raise ValueError(f"{operator}: expected {name} to be at least 0, got {least}")
 
 
 def check_finite(operator: str, name: str, tensor: Tensor) -> None:

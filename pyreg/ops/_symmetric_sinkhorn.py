@@ -17,7 +17,6 @@ panels of rows, where Triton is not there.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
 from typing import Any
 
@@ -144,12 +143,8 @@ def _triton() -> Any:
     return importlib.import_module("pyreg.triton_kernels.symmetric_sinkhorn")
 
 
-def _has_kernels() -> bool:
-    return _library.has_triton() and importlib.util.find_spec("pyreg.triton_kernels.symmetric_sinkhorn") is not None
-
-
 def _on_cuda(*arguments: Any) -> tuple[Tensor, ...]:
-    if not _has_kernels():
+    if not _library.has_triton():
         return plain(*arguments)
     points = arguments[0]
     found = _triton().symmetric_sinkhorn(*arguments[:-2])
@@ -157,7 +152,7 @@ def _on_cuda(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _self_on_cuda(*arguments: Any) -> tuple[Tensor, ...]:
-    return (_triton().symmetric_sinkhorn_self if _has_kernels() else plain_self)(*arguments)
+    return (_triton().symmetric_sinkhorn_self if _library.has_triton() else plain_self)(*arguments)
 
 
 @_library.fake("symmetric_sinkhorn_self")

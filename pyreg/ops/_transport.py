@@ -24,9 +24,12 @@ class Progress(NamedTuple):
     max_iter: int
 
     def warn(self, operator: str) -> None:
-        """Of problems that have not converged, unless all iterations were asked for, by a tolerance of 0."""
+        """Of problems that have not converged, unless all iterations were asked for, by a tolerance of 0; not while
+        tracing or inside of torch.func. Waits for a GPU."""
+        if self.tol == 0 or not _library.can_read(self.error):
+            return
         failed = ~(self.error <= self.tol)
-        if self.tol == 0 or not bool(failed.any()):
+        if not bool(failed.any()):
             return
         count = self.error.numel()
         which = f"{int(failed.sum())} of {count} problems have" if count > 1 else "the iteration has"
@@ -289,7 +292,7 @@ class Transport:
             )
 
     def _look(self) -> None:
-        """Warns, once, of problems that have not converged; not while tracing or inside of torch.func."""
+        """Warns once, as soon as the error can be read."""
         if not self._has_looked and _library.can_read(self._progress.error):
             self._has_looked = True
             self._progress.warn(self._operator)

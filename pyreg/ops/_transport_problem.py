@@ -93,14 +93,7 @@ class _Arguments:
         self._operator, self._like, self._name = operator, like, name
 
     def check_beside(self, name: str, tensor: Any) -> None:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{self._operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
-        device = self._like.device
-        if tensor.device != device:
-            raise ValueError(
-                f"{self._operator}: expected {name} on the device of {self._name}, {device}, got {tensor.device}; "
-                f"move it with {name}.to({str(device)!r})"
-            )
+        _checks.check_beside(self._operator, name, tensor, self._like, self._name)
 
     def weights(self, name: str, weights: Tensor | None, entries: Entries) -> Tensor:
         """``[B, n]``, float64."""
@@ -114,12 +107,9 @@ class _Arguments:
                 f"convert it with {name}.to({dtype})"
             )
         result = self._expanded(name, weights, entries, 0)
-        if _checks.reads_values(weights) and weights.numel() > 0:
-            _checks.check_finite(self._operator, name, weights)
-            if (least := weights.min().item()) < 0:
-                raise ValueError(f"{self._operator}: expected {name} to be at least 0, got {least}")
-            if not bool(result.any(1).all()):
-                raise ValueError(f"{self._operator}: expected {name} with a weight above 0 in every problem, got all 0")
+        _checks.check_weights(self._operator, name, weights)
+        if _checks.reads_values(weights) and weights.numel() > 0 and not bool(result.any(1).all()):
+            raise ValueError(f"{self._operator}: expected {name} with a weight above 0 in every problem, got all 0")
         return result
 
     def rho(self, name: str, rho: Number | None, entries: Entries) -> Tensor | None:

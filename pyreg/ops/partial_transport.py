@@ -300,14 +300,7 @@ class _Options:
         return tensor
 
     def _check_beside(self, name: str, tensor: Any) -> None:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{self._operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
-        device = self._logits.device
-        if tensor.device != device:
-            raise ValueError(
-                f"{self._operator}: expected {name} on the device of logits, {device}, got {tensor.device}; move it "
-                f"with {name}.to({str(device)!r})"
-            )
+        _checks.check_beside(self._operator, name, tensor, self._logits, "logits")
 
     def warn_of(self, error: Tensor, iterations: Tensor) -> None:
         """Where the iteration has ended too early, and it costs no wait to look."""

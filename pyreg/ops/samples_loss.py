@@ -195,8 +195,8 @@ def samples_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Of ``(x, y)`` or ``(a, x, b, y)``."""
     x, y, a, b, is_batch = _samples(arguments)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    points = x.to(dtype).contiguous(), y.to(dtype).contiguous()
+    points = sinkhorn.computed(x).contiguous(), sinkhorn.computed(y).contiguous()
+    dtype = points[0].dtype
     weights = a.double().contiguous(), b.double().contiguous()
     f, g, f_self, g_self = _all_potentials(points, weights, options)
     if potentials:
@@ -302,21 +302,14 @@ def _samples(arguments: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Ten
 def _weights(name: str, weights: Tensor, points: Tensor) -> Tensor:
     of, symbol = ("x", "n") if name == "a" else ("y", "m")
     _library.check_float(_NAME, name, weights)
-    if weights.device != points.device:
-        raise ValueError(
-            f"{_NAME}: expected {name} on the device of {of}, {points.device}, got {weights.device}; move it with "
-            f"{name}.to({of}.device)"
-        )
+    _checks.check_beside(_NAME, name, weights, points, of)
     shape = points.shape[:-1]
     if weights.shape != shape and weights.shape != (*shape, 1):
         raise ValueError(
             f"{_NAME}: expected {name} of shape [..., {symbol}] = {list(shape)} or {[*shape, 1]}, got "
             f"{list(weights.shape)}"
         )
-    if _checks.reads_values(weights) and weights.numel() > 0:
-        _checks.check_finite(_NAME, name, weights)
-        if (least := weights.min().item()) < 0:
-            raise ValueError(f"{_NAME}: expected {name} to be at least 0, got {least}")
+    _checks.check_weights(_NAME, name, weights)
     return weights.reshape(shape)
 
 
