@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,12 +26,13 @@ from pyreg.reference import sinkhorn_divergence as reference
 from . import floor
 from .bench_sinkhorn import gradients, unconverged
 from .harness import FLOOR, OURS, Call, Contender, Inputs, Workload
+from .sweep import Sweep, doubling, only
 
 OPERATOR = "sinkhorn_divergence"
 
 BLUR, SCALING = 0.05, 0.5
-TENSORIZED, ONLINE, BY_TOLERANCE = "geomloss tensorized", "geomloss online", "sinkhorn_divergence"
-PLAIN = "plain iterations"
+TENSORIZED, ONLINE, BY_TOLERANCE = "geomloss tensorized", "geomloss online", "ours to a tolerance"
+PLAIN = "ours, plain iterations"
 HAS_GEOMLOSS, HAS_KEOPS = (importlib.util.find_spec(name) is not None for name in ("geomloss", "pykeops"))
 
 # In more dimensions costs are products; in fewer they are formed beside the exponentials.
@@ -138,6 +140,17 @@ def _iterations(n: int, d: int, smoke: bool) -> Workload:
 
     found = [Contender(OURS, debiased), Contender(PLAIN, plain), Contender(FLOOR, products)]
     return Workload(OPERATOR, f"iterations {n}x{d}", "float32", "cuda", make_inputs, found, cached=True)
+
+
+def sweeps(device: str) -> list[Sweep]:
+    if device == "cuda":
+        return []
+    return [Sweep(OPERATOR, "n, of n x 3", doubling(250, 8000), _of_two)]
+
+
+def _of_two(n: int) -> Workload:
+    workload = _points(n, 3, smoke=False)
+    return replace(workload, contenders=only(workload.contenders, OURS, TENSORIZED))
 
 
 def test_speed(measure: Callable[[], None]) -> None:

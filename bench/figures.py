@@ -1,0 +1,189 @@
+"""Figures made from rows. They have no background, and lines and text of a gray that is read on white and on black."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from . import tables
+from .harness import FLOOR
+from .rows import Comparison, Row, comparisons, conditions, operators
+from .scaling import Curve, curves, fit
+
+OURS_COLOR, OTHER_COLOR, FLOOR_COLOR = "#2a8fd0", "#a8a8a8", "#606060"
+RIVAL_COLOR = "#d9822b"  # of a curve
+TEXT_COLOR = "#808080"
+WIDTH = 6.4  # inches: the column of a phone shows it at two thirds of its size
+
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT_COLOR),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), "none"),
+    **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 9.0},
+    **{
+        "svg.fonttype": "none",
+        "svg.hashsalt": "pyreg",
+        "font.family": "sans-serif",
+    },  # text, and the same ids each time
+}
+
+P = ParamSpec("P")
+
+
+def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+@_styled
+def bars(found: Sequence[Comparison]) -> Figure:
+    """One panel a workload, a bar a contender from fast to slow, whiskers from the 20th to the 80th percentile."""
+    panels = [sorted((row for row in one.rows if row.median), key=lambda row: -(row.median or 0)) for one in found]
+    panels = [panel for panel in panels if panel]
+    heights = [len(panel) + 1.5 for panel in panels]
+    figure = Figure(figsize=(WIDTH, 0.3 * sum(heights) + 0.9), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        _bars_of(axis, panel)
+    axes[-1].set_xlabel("milliseconds a call, logarithmic")
+    figure.supxlabel(_conditions([row for panel in panels for row in panel]), fontsize="x-small")
+    return figure
+
+
+def _bars_of(axis: Axes, panel: Sequence[Row]) -> None:
+    medians, lows, highs = ([1e3 * (getattr(row, name) or 0.0) for row in panel] for name in ("median", "p20", "p80"))
+    whiskers = (
+        [median - low for median, low in zip(medians, lows, strict=True)],
+        [high - median for median, high in zip(medians, highs, strict=True)],
+    )
+    names = [row.contender for row in panel]
+    colors = [FLOOR_COLOR if row.contender == FLOOR else OURS_COLOR if row.is_ours else OTHER_COLOR for row in panel]
+    drawn = axis.barh(names, medians, xerr=whiskers, color=colors, ecolor=TEXT_COLOR)
+    axis.bar_label(drawn, [tables.seconds(row.median) for row in panel], padding=4)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlim(min(medians) / 2, max(medians) * 6)
+    row = panel[0]
+    axis.set_title(f"{row.operator}, {row.workload}, {row.dtype}", loc="left", fontsize="medium")
+
+
+@_styled
+def scaling(rows: Sequence[Row], operator: str) -> Figure:
+    """A line of panels a sweep: time and peak memory against the size, all axes logarithmic, with the fitted lines."""
+    sweeps = curves(rows, operator)
+    figure = Figure(figsize=(WIDTH, 2.7 * len(sweeps) + 0.3), layout="constrained")
+    axes = figure.subplots(len(sweeps), 2, squeeze=False)
+    for (time_axis, memory_axis), ((sweep, dtype), found) in zip(axes, sweeps.items(), strict=True):
+        _curves_of(time_axis, [(curve, *curve.time) for curve in found], tables.seconds)
+        _curves_of(memory_axis, [(curve, *curve.memory) for curve in found], lambda value: tables.size(round(value)))
+        time_axis.set_title(f"time, {dtype}", loc="left", fontsize="medium")
+        memory_axis.set_title("peak above the inputs", loc="left", fontsize="medium")
+        for axis in (time_axis, memory_axis):
+            axis.set_xlabel(sweep)
+    figure.supxlabel(_conditions([row for row in rows if row.sweep and row.operator == operator]), fontsize="x-small")
+    return figure
+
+
+def _curves_of(axis: Axes, found: Sequence[tuple[Curve, list[int], list[float]]], show: Callable[[float], str]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(True, color=TEXT_COLOR, alpha=0.2)
+    for curve, sizes, values in found:
+        points = [(size, value) for size, value in zip(sizes, values, strict=True) if value > 0]
+        line = fit(sizes, values)
+        label = f"{curve.contender}: {line.exponent:.2f}" if line else curve.contender
+        color = OURS_COLOR if curve.rows[0].is_ours else RIVAL_COLOR
+        axis.plot(*zip(*points, strict=True), "o", color=color, markersize=4, label=label) if points else None
+        if line:
+            ends = [line.first, max(sizes)]
+            axis.plot(ends, [line(end) for end in ends], color=color, linewidth=1)
+    sizes = sorted({size for _, found_sizes, _ in found for size in found_sizes})
+    if sizes:
+        axis.set_xticks(sizes, [f"{size:g}" if size < 1e6 else f"{size / 1e6:.2g}M" for size in sizes], rotation=45)
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize="small", title="exponent", title_fontsize="small", alignment="left")
+
+
+@_styled
+def roofline(rows: Sequence[Row]) -> Figure:
+    """How near ours comes to what the machine can do: floor's time / our time of every workload, with the floor's rate
+    beside it. More than 1 where ours does less work than the floor counts, such as skipped tiles."""
+    found = [one for one in comparisons(rows) if one.over_floor]
+    figure = Figure(figsize=(WIDTH, 0.22 * len(found) + 1.3), layout="constrained")
+    axis = figure.subplots()
+    fractions = [1 / (one.over_floor or 1.0) for one in found]
+    floors = [one.named(FLOOR) for one in found]
+    positions = range(len(found))
+    kinds = {"B/s": "memory", "FLOP/s": "matrix products", "exp/s": "exponentials", "": "not counted"}
+    colors = dict(zip(kinds, (OURS_COLOR, RIVAL_COLOR, "#8a63b8", OTHER_COLOR), strict=True))
+    rates = [tables.rate(row) if row else "" for row in floors]
+    units = [text.split("G")[-1] if text else "" for text in rates]
+    for unit, kind in kinds.items():
+        chosen = [i for i in positions if units[i] == unit]
+        if chosen:
+            shown = [fractions[i] for i in chosen]
+            axis.hlines(chosen, min(0.1, *fractions), shown, color=colors[unit], linewidth=2)
+            axis.plot(shown, chosen, "o", color=colors[unit], label=kind)
+    for i in positions:  # beside the axes, where no line crosses it
+        place = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": "x-small"}
+        axis.text(1.01, i, f"{fractions[i]:.2f}   {rates[i]}", **place)  # type: ignore[arg-type]
+    axis.axvline(1.0, color=TEXT_COLOR, linewidth=1, linestyle="--")
+    axis.set_xscale("log")
+    axis.set_xlim(min(0.1, *fractions), max(1.0, *fractions) * 1.2)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_yticks(positions, [f"{one.rows[0].operator} {one.title}" for one in found], fontsize="x-small")
+    axis.set_ylim(len(found) - 0.4, -0.6)
+    axis.set_xlabel("time of the floor / our time; beside it the rate of the floor")
+    figure.legend(title="the floor is of", loc="outside lower center", ncols=4, fontsize="small")
+    return figure
+
+
+def _conditions(rows: Sequence[Row]) -> str:
+    return "\n".join(map(str, conditions(rows)))
+
+
+def svg(figure: Figure) -> str:
+    """The same text for the same figure."""
+    file = io.StringIO()
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """By the ending of the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".svg":
+        path.write_text(svg(figure))
+        return
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        options: dict[str, Any] = {"dpi": 150}
+        figure.savefig(path, **options)
+
+
+def of_operators(rows: Sequence[Row]) -> dict[str, Figure]:
+    """By file name without an ending: `<operator>` for the times of all contenders, `<operator>_scaling` for sweeps."""
+    found = {}
+    for operator in operators(rows):
+        compared = [one for one in comparisons(rows, operator) if any(row.median for row in one.rows)]
+        if compared:
+            found[operator] = bars(compared)
+        if curves(rows, operator):
+            found[f"{operator}_scaling"] = scaling(rows, operator)
+    return found
