@@ -73,8 +73,9 @@ def _measure(
     columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("elapsed,")]
     columns += [TimeRemainingColumn(), TextColumn("remaining")]
     # Parts differ in cost: a rate of the last half minute, as by default, says little of what is to come.
-    options_ = {"console": console, "transient": True, "refresh_per_second": 2, "speed_estimate_period": 600}
-    with Progress(*columns, **options_) as progress:
+    with Progress(
+        *columns, console=console, transient=True, refresh_per_second=2, speed_estimate_period=600
+    ) as progress:
         task = progress.add_task("", total=100.0)
         hear = _listener(progress, task, console)
         budget = Budget(seconds * (1 - share), sum(weights))
