@@ -7,13 +7,14 @@ import argparse
 import datetime
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from . import harness, html, machine, report, rows, sweep, targets
 from .budget import Budget
@@ -31,8 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("bench: --device cuda, but torch sees no CUDA device", file=sys.stderr)
         return 2
+    now = datetime.datetime.now(datetime.timezone.utc)
+    path = options.csv or RESULTS / f"{now:%Y-%m-%d_%H%M%S}_{device}.csv"
     try:
         workloads = harness.discover(device, options.operators)
+        rows.write(path, [])
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -45,33 +49,31 @@ def main(arguments: list[str] | None = None) -> int:
     load = float(machine.describe(device)["load"])
     if load > 0.5 * machine.core_count():
         console.print(f"[yellow]The machine is not idle: load average {load}. These numbers will not hold.[/]")
-    measurements = _measure(workloads, sweeps, options, console)
-    found = rows.of(measurements)
+    found: list[rows.Row] = []
+    for measured in _measure(workloads, sweeps, options, console):
+        rows.write(path, measured)  # at once: what stops the run later loses nothing
+        found += rows.of(measured)
     verdicts = targets.judge(targets.load(), (row for row in found if not row.sweep))
     report.show(console, found, verdicts)
 
-    now = datetime.datetime.now(datetime.timezone.utc)
-    path = options.csv or RESULTS / f"{now:%Y-%m-%d_%H%M%S}_{device}.csv"
-    rows.write(path, measurements)
     html.write(options.page, rows.read([path]))
-    console.print(f"Rows written to {path}, the report to {options.page}")
+    console.print(f"Rows written to {path}, the report to {options.page}", highlight=False, soft_wrap=True)
     missed = any(verdict.status == targets.MISSED for verdict in verdicts)
     return 1 if options.strict and missed else 0
 
 
 def _measure(
     workloads: list[harness.Workload], sweeps: list[sweep.Sweep], options: argparse.Namespace, console: Console
-) -> list[harness.Measurement]:
-    """The workloads in the time that the sweeps do not need, then the sweeps."""
+) -> Iterator[list[harness.Measurement]]:
+    """The workloads in the time that the sweeps do not need, then the sweeps, one after the other."""
     settings, sweep_settings = (harness.QUICK, sweep.QUICK) if options.quick else (harness.FULL, sweep.FULL)
     if options.minutes is not None:
         settings = replace(settings, minutes=options.minutes)
     seconds, end = 60 * settings.minutes, time.monotonic() + 60 * settings.minutes
     weights = [sum(one.weight for one in workload.picked(settings)) for workload in workloads]
     share = sweep.SHARE if workloads and sweeps else 1.0 if sweeps else 0.0
-    measurements = []
     columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("elapsed,")]
-    columns += [TimeRemainingColumn(), TextColumn("remaining")]
+    columns.append(Remaining(end))
     # Parts differ in cost: a rate of the last half minute, as by default, says little of what is to come.
     with Progress(
         *columns, console=console, transient=True, refresh_per_second=2, speed_estimate_period=600
@@ -80,14 +82,30 @@ def _measure(
         hear = _listener(progress, task, console)
         budget = Budget(seconds * (1 - share), sum(weights))
         for i, (workload, weight) in enumerate(zip(workloads, weights, strict=True)):
+            fast = sum(not one.slow for later in workloads[i + 1 :] for one in later.contenders)
             on_step = hear(str(workload), 100 * (1 - share) * sum(weights[:i]) / sum(weights), weight / sum(weights))
-            measurements += harness.run(workload, settings, on_step, budget.share(weight), budget.end)
+            yield harness.run(
+                workload, settings, on_step, budget.share(weight), budget.end, fast * harness.RESERVED_SECONDS
+            )
         budget = Budget(end - time.monotonic(), len(sweeps))
         for i, one in enumerate(sweeps):
             on_step = hear(str(one), 100 * (1 - share * (1 - i / len(sweeps))), share / len(sweeps))
-            measurements += sweep.run(one, sweep_settings, on_step, budget.share(1), end)
+            yield sweep.run(one, sweep_settings, on_step, budget.share(1), end)
         progress.update(task, description="", completed=100.0)
-    return measurements
+
+
+class Remaining(ProgressColumn):
+    """By the rate so far, but never more than the run's time: at the end of that, what is left is left out."""
+
+    def __init__(self, end: float) -> None:
+        super().__init__()
+        self._end = end
+
+    def render(self, task: Task) -> Text:
+        left = max(self._end - time.monotonic(), 0.0)
+        if task.time_remaining is None:
+            return Text(f"at most {datetime.timedelta(seconds=round(left))} remaining")
+        return Text(f"{datetime.timedelta(seconds=round(min(task.time_remaining, left)))} remaining")
 
 
 def _listener(

@@ -83,10 +83,21 @@ CONTENDERS = [
     Contender(OURS, step(fused)),
     Contender("F.cross_entropy", step(cross_entropy)),
     Contender("compiled F.cross_entropy", compiled_step(cross_entropy), slow=True),
-    *([Contender(SUPCON, step(library("SupConLoss")), slow=True)] if HAS_LIBRARY else []),
+    *(
+        [Contender(SUPCON, step(library("SupConLoss")), slow=True, imports="pytorch_metric_learning.losses")]
+        if HAS_LIBRARY
+        else []
+    ),
     Contender(FLOOR, products),
 ]
-SMALL = [*CONTENDERS, *([Contender(NTXENT, step(library("NTXentLoss")))] if HAS_LIBRARY else [])]
+SMALL = [
+    *CONTENDERS,
+    *(
+        [Contender(NTXENT, step(library("NTXentLoss")), imports="pytorch_metric_learning.losses")]
+        if HAS_LIBRARY
+        else []
+    ),
+]
 SYMMETRIC = [
     Contender(OURS, step(fused_symmetric)),
     Contender("CLIP formula", step(clip)),

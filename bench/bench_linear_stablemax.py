@@ -66,7 +66,11 @@ CONTENDERS = [
 ]
 if not hasattr(F, "linear_cross_entropy"):  # torch < 2.13
     CONTENDERS = [contender for contender in CONTENDERS if not contender.name.startswith("F.")]
-LIGER = [Contender("Liger", step(liger_softmax))] if importlib.util.find_spec("liger_kernel") else []
+LIGER = (
+    [Contender("Liger", step(liger_softmax), imports="liger_kernel.transformers.functional")]
+    if importlib.util.find_spec("liger_kernel")
+    else []
+)
 
 
 def workloads(device: str, smoke: bool = False) -> list[Workload]:

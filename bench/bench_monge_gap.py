@@ -129,7 +129,7 @@ def _workload(count: int, d: int, everyone: list[Contender]) -> Workload:
         return source.requires_grad_(), mapped.requires_grad_()
 
     # An iteration finds the pairs where the one before it has left them.
-    return Workload(OPERATOR, f"{count}x{d}", "float32", "cpu", make_inputs, everyone, cached=True)
+    return Workload(OPERATOR, f"{count}x{d}", "float32", "cpu", make_inputs, everyone, cached=True, resident=True)
 
 
 def sweeps(device: str) -> list[Sweep]:

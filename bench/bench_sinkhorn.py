@@ -99,7 +99,9 @@ def pot_batch(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
 Solver = Callable[[Tensor, float, int], Tensor]
 
 
-def contender(name: str, solve: Solver, epsilon: float, iterations: int, slow: bool = False) -> Contender:
+def contender(
+    name: str, solve: Solver, epsilon: float, iterations: int, slow: bool = False, imports: str = ""
+) -> Contender:
     def prepare(inputs: Inputs) -> Call:
         def call() -> Tensor:
             with torch.no_grad():
@@ -109,7 +111,7 @@ def contender(name: str, solve: Solver, epsilon: float, iterations: int, slow: b
             call()  # compiles
         return call
 
-    return Contender(name, prepare, slow=slow)
+    return Contender(name, prepare, slow=slow, imports=imports)
 
 
 def dense_contenders(epsilon: float, iterations: int, is_batch: bool, smoke: bool) -> list[Contender]:
@@ -125,14 +127,14 @@ def dense_contenders(epsilon: float, iterations: int, is_batch: bool, smoke: boo
     def by_ott(inputs: Inputs) -> Call:
         return ott_jax.solver(epsilon, iterations, cost=inputs[0])
 
-    def of(name: str, solve: Solver, slow: bool = False) -> Contender:
-        return contender(name, solve, epsilon, iterations, slow)
+    def of(name: str, solve: Solver, slow: bool = False, imports: str = "") -> Contender:
+        return contender(name, solve, epsilon, iterations, slow, imports)
 
     found = [of(OURS, fused), of("eager loop", loop), of("compiled loop", compiled_loop, slow=True)]
     if HAS_POT or not smoke:
-        found.append(of(POT, lambda *problem: pot(*problem, method="sinkhorn")))
-        found.append(of(POT_LOG, lambda *problem: pot(*problem, method="sinkhorn_log")))
-        found += [of(POT_BATCH, pot_batch)] if is_batch else []
+        found.append(of(POT, lambda *problem: pot(*problem, method="sinkhorn"), imports="ot"))
+        found.append(of(POT_LOG, lambda *problem: pot(*problem, method="sinkhorn_log"), imports="ot"))
+        found += [of(POT_BATCH, pot_batch, imports="ot")] if is_batch else []
     if ott_jax.is_there() or not smoke:
         found.append(Contender(OTT, by_ott, elsewhere=True))
     return [*found, Contender(FLOOR, one_read)]
@@ -174,11 +176,25 @@ def geomloss_points(x: Tensor, y: Tensor, epsilon: float, iterations: int, backe
     return 2 * SamplesLoss("sinkhorn", p=2, **options)(x, y)  # type: ignore[no-any-return]
 
 
+def geomloss_contender(name: str, value: Callable[[Tensor, Tensor], Tensor]) -> Contender:
+    """Compiles, where KeOps does, by a call of a few points."""
+    step = gradients(value)
+
+    def prepare(inputs: Inputs) -> Call:
+        step(tuple(points[:8].detach().requires_grad_() for points in inputs))()
+        return step(inputs)
+
+    return Contender(name, prepare, slow=True, imports="geomloss")
+
+
 def point_contenders(epsilon: float, iterations: int, has_room: bool, smoke: bool) -> list[Contender]:
     """`has_room`: for the costs of all pairs, and more of their size."""
 
-    def of(name: str, value: Callable[..., Tensor], slow: bool = False, **options: str) -> Contender:
-        return Contender(name, gradients(lambda x, y: value(x, y, epsilon, iterations, **options)), slow=slow)
+    def of(name: str, value: Callable[..., Tensor]) -> Contender:
+        return Contender(name, gradients(lambda x, y: value(x, y, epsilon, iterations)), slow=value is not fused_points)
+
+    def by_geomloss(name: str, backend: str) -> Contender:
+        return geomloss_contender(name, lambda x, y: geomloss_points(x, y, epsilon, iterations, backend))
 
     def by_ott(inputs: Inputs) -> Call:
         x, y = inputs
@@ -186,11 +202,11 @@ def point_contenders(epsilon: float, iterations: int, has_room: bool, smoke: boo
 
     found = [of(OURS, fused_points)]
     if has_room:
-        found.append(of("eager loop", loop_points, slow=True))
+        found.append(of("eager loop", loop_points))
         if HAS_GEOMLOSS or not smoke:
-            found.append(of(TENSORIZED, geomloss_points, slow=True, backend="tensorized"))
+            found.append(by_geomloss(TENSORIZED, "tensorized"))
     if (HAS_GEOMLOSS and HAS_KEOPS) or not smoke:
-        found.append(of(ONLINE, geomloss_points, slow=True, backend="online"))
+        found.append(by_geomloss(ONLINE, "online"))
     if has_room and (ott_jax.is_there() or not smoke):
         found.append(Contender(OTT, by_ott, elsewhere=True))
     return found
@@ -218,7 +234,7 @@ def _dense(shape: tuple[int, ...], smoke: bool, iterations: int = DENSE_ITERATIO
     contenders = dense_contenders(epsilon, SMOKE_ITERATIONS if smoke else iterations, len(shape) == 3, smoke)
     # An iteration finds the cost where the one before it has left it.
     name = "x".join(map(str, shape)) if len(shape) == 2 else f"{shape[0]}x({shape[1]}x{shape[2]})"
-    return Workload(OPERATOR, name, "float32", "cpu", make_inputs, contenders, cached=True)
+    return Workload(OPERATOR, name, "float32", "cpu", make_inputs, contenders, cached=True, resident=True)
 
 
 def _points(n: int, d: int, smoke: bool, iterations: int) -> Workload:

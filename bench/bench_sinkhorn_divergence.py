@@ -24,7 +24,7 @@ from pyreg.ops._symmetric_sinkhorn import symmetric_sinkhorn
 from pyreg.reference import sinkhorn_divergence as reference
 
 from . import floor
-from .bench_sinkhorn import gradients, unconverged
+from .bench_sinkhorn import geomloss_contender, gradients, unconverged
 from .harness import FLOOR, OURS, Call, Contender, Inputs, Workload
 from .sweep import Sweep, doubling, only
 
@@ -76,17 +76,18 @@ def floor_of(x: Tensor, y: Tensor) -> Callable[[], None]:
 
 
 def contenders(d: int, smoke: bool) -> list[Contender]:
-    def of(name: str, value: Callable[..., Tensor], slow: bool = False, **options: str) -> Contender:
-        return Contender(name, gradients(lambda x, y: value(x, y, **options)), slow=slow)
+    def by_geomloss(name: str, backend: str) -> Contender:
+        return geomloss_contender(name, lambda x, y: geomloss(x, y, backend))
 
     def by_floor(inputs: Inputs) -> Call:
         return floor_of(*inputs)
 
-    found = [of(OURS, SamplesLoss("sinkhorn", p=2, blur=BLUR, scaling=SCALING)), of(BY_TOLERANCE, divergence)]
+    ours = SamplesLoss("sinkhorn", p=2, blur=BLUR, scaling=SCALING)
+    found = [Contender(OURS, gradients(ours)), Contender(BY_TOLERANCE, gradients(divergence))]
     if HAS_GEOMLOSS or not smoke:
-        found.append(of(TENSORIZED, geomloss, slow=True, backend="tensorized"))
+        found.append(by_geomloss(TENSORIZED, "tensorized"))
     if (HAS_GEOMLOSS and HAS_KEOPS) or not smoke:
-        found.append(of(ONLINE, geomloss, slow=True, backend="online"))
+        found.append(by_geomloss(ONLINE, "online"))
     return [*found, Contender(FLOOR, by_floor)]
 
 

@@ -50,7 +50,7 @@ def library(features: Tensor, labels: Tensor) -> Tensor:
 
 CONTENDERS = [
     Contender(OURS, step(fused)),
-    *([Contender(LIBRARY, step(library))] if HAS_LIBRARY else []),
+    *([Contender(LIBRARY, step(library), imports="pytorch_metric_learning.losses")] if HAS_LIBRARY else []),
     Contender("eager formula", step(formula)),
     Contender("compiled formula", compiled_step(formula), slow=True),
     Contender(FLOOR, symmetric_products),

@@ -16,12 +16,20 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from . import tables
 from .harness import FLOOR
 from .rows import Comparison, Row, comparisons, conditions, operators
-from .scaling import Curve, curves, fit
+from .scaling import NO_POWER, Curve, curves, fit
 
 OURS_COLOR, OTHER_COLOR, FLOOR_COLOR = "#2a8fd0", "#a8a8a8", "#606060"
 RIVAL_COLOR = "#d9822b"  # of a curve
 TEXT_COLOR = "#808080"
 WIDTH = 6.4  # inches: the column of a phone shows it at two thirds of its size
+
+# By the unit of the floor's rate: of what it is, and a color.
+KINDS = {
+    "B/s": ("memory traffic", OURS_COLOR),
+    "FLOP/s": ("matrix products", RIVAL_COLOR),
+    "exp/s": ("exponentials", "#8a63b8"),
+    "": ("not counted", OTHER_COLOR),
+}
 
 STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT_COLOR),
@@ -105,10 +113,10 @@ def _curves_of(axis: Axes, found: Sequence[tuple[Curve, list[int], list[float]]]
     for curve, sizes, values in found:
         points = [(size, value) for size, value in zip(sizes, values, strict=True) if value > 0]
         line = fit(sizes, values)
-        label = f"{curve.contender}: {line.exponent:.2f}" if line else curve.contender
+        label = f"{curve.contender}: {line.power}" if line else curve.contender
         color = OURS_COLOR if curve.rows[0].is_ours else RIVAL_COLOR
         axis.plot(*zip(*points, strict=True), "o", color=color, markersize=4, label=label) if points else None
-        if line:
+        if line and line.residual <= NO_POWER:
             ends = [line.first, max(sizes)]
             axis.plot(ends, [line(end) for end in ends], color=color, linewidth=1)
     sizes = sorted({size for _, found_sizes, _ in found for size in found_sizes})
@@ -123,34 +131,44 @@ def _curves_of(axis: Axes, found: Sequence[tuple[Curve, list[int], list[float]]]
 def roofline(rows: Sequence[Row]) -> Figure:
     """How near ours comes to what the machine can do: floor's time / our time of every workload, with the floor's rate
     beside it. More than 1 where ours does less work than the floor counts, such as skipped tiles."""
-    found = [one for one in comparisons(rows) if one.over_floor]
-    figure = Figure(figsize=(WIDTH, 0.22 * len(found) + 1.3), layout="constrained")
+    lines = [(operator, one) for operator in operators(rows) for one in [None, *_with_floor(rows, operator)]]
+    lines = [line for line, after in zip(lines, [*lines[1:], ("", None)], strict=True) if line[1] or after[1]]
+    figure = Figure(figsize=(WIDTH, 0.2 * len(lines) + 1.3), layout="constrained")
     axis = figure.subplots()
-    fractions = [1 / (one.over_floor or 1.0) for one in found]
-    floors = [one.named(FLOOR) for one in found]
-    positions = range(len(found))
-    kinds = {"B/s": "memory", "FLOP/s": "matrix products", "exp/s": "exponentials", "": "not counted"}
-    colors = dict(zip(kinds, (OURS_COLOR, RIVAL_COLOR, "#8a63b8", OTHER_COLOR), strict=True))
-    rates = [tables.rate(row) if row else "" for row in floors]
-    units = [text.split("G")[-1] if text else "" for text in rates]
-    for unit, kind in kinds.items():
-        chosen = [i for i in positions if units[i] == unit]
-        if chosen:
-            shown = [fractions[i] for i in chosen]
-            axis.hlines(chosen, min(0.1, *fractions), shown, color=colors[unit], linewidth=2)
-            axis.plot(shown, chosen, "o", color=colors[unit], label=kind)
-    for i in positions:  # beside the axes, where no line crosses it
-        place = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": "x-small"}
-        axis.text(1.01, i, f"{fractions[i]:.2f}   {rates[i]}", **place)  # type: ignore[arg-type]
+    fractions, labels = [1.0], []
+    drawn: dict[str, list[tuple[float, int]]] = {kind: [] for kind, _ in KINDS.values()}
+    beside = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": "small"}  # of the axes
+    for i, (operator, one) in enumerate(lines):
+        if one is None:
+            axis.text(0.01, i, operator, weight="bold", **beside)  # type: ignore[arg-type]
+            labels.append("")
+            continue
+        floor, fraction = one.named(FLOOR), 1 / (one.over_floor or 1.0)
+        rate = tables.rate(floor) if floor else ""
+        drawn[KINDS[rate.rpartition("G")[2]][0]].append((fraction, i))
+        axis.text(1.01, i, f"{fraction:.2f}   {rate}", **beside)  # type: ignore[arg-type]
+        fractions.append(fraction)
+        labels.append(one.title.replace("bfloat", "bf").replace("float", "fp"))
+    least = min(0.1, *fractions)
+    for kind, color in KINDS.values():
+        if drawn[kind]:
+            ends, positions = zip(*drawn[kind], strict=True)
+            axis.hlines(positions, least, ends, color=color, linewidth=2)
+            axis.plot(ends, positions, "o", color=color, label=kind)
     axis.axvline(1.0, color=TEXT_COLOR, linewidth=1, linestyle="--")
     axis.set_xscale("log")
-    axis.set_xlim(min(0.1, *fractions), max(1.0, *fractions) * 1.2)
+    axis.set_xlim(least, max(fractions) * 1.2)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_yticks(positions, [f"{one.rows[0].operator} {one.title}" for one in found], fontsize="x-small")
-    axis.set_ylim(len(found) - 0.4, -0.6)
+    axis.set_yticks(range(len(lines)), labels, fontsize="small")
+    axis.tick_params(axis="y", length=0)
+    axis.set_ylim(len(lines) - 0.4, -0.6)
     axis.set_xlabel("time of the floor / our time; beside it the rate of the floor")
     figure.legend(title="the floor is of", loc="outside lower center", ncols=4, fontsize="small")
     return figure
+
+
+def _with_floor(rows: Sequence[Row], operator: str) -> list[Comparison]:
+    return [one for one in comparisons(rows, operator) if one.over_floor]
 
 
 def _conditions(rows: Sequence[Row]) -> str:

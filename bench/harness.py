@@ -31,7 +31,7 @@ OURS = "ours"
 FLOOR = "floor"
 
 SAMPLE_SECONDS = 2e-3  # a sample is as many calls as fill this: the clock and the loop are then below 0.1 %
-LONG_CALL_SECONDS = 1.0  # a first call of this length gains nothing from a warm-up: it counts as a sample
+LONG_CALL_SECONDS = 0.5  # a first call of this length gains nothing from a warm-up: it counts as a sample
 MIN_SAMPLES = 3
 MAX_SAMPLES = 60
 # After a parallel loop of torch its worker threads spin for some milliseconds, ready for the next one. They would hold
@@ -39,10 +39,12 @@ MAX_SAMPLES = 60
 SPIN_SECONDS = 0.02
 ROTATED_BYTES = 1280 << 20  # at most this much memory for the input sets of one workload
 
-# In the sharing of a run's time a slow contender, in seconds a call or to compile, counts as so many others. It is not
-# begun where its workload has already taken so many times its share.
+# In the sharing of a run's time a slow contender, in seconds a call or to compile, counts as so many others.
 SLOW_WEIGHT = 4
+# It is not begun where its workload has already taken so many times its share, or where the fast contenders to come
+# would have less than so many seconds each.
 PATIENCE = 3
+RESERVED_SECONDS = 1.5
 LEFT_OUT = "left out"  # how the reason begins for which a contender was not measured
 
 Call = Callable[[], object]
@@ -54,13 +56,14 @@ class Contender:
     """One way to do the work. `prepare` takes one set of inputs and returns the call to be timed, compiled where it
     compiles. With `consumes_inputs` the call is prepared anew, untimed, before every sample. Slow contenders, in
     seconds a call or to compile, are left out of quick runs. `elsewhere`: in another process, whose memory is not
-    measured."""
+    measured. `imports`: a module that is imported before the first call, which may be the only one."""
 
     name: str
     prepare: Callable[[Any], Call]
     slow: bool = False
     consumes_inputs: bool = False
     elsewhere: bool = False
+    imports: str = ""
 
     @property
     def weight(self) -> int:
@@ -137,7 +140,7 @@ class Settings:
 
 # A full run is to end within 15 minutes: one of them is for what is not stopped, such as a compilation, at the end.
 FULL = Settings(seconds=2.5, minutes=14)
-QUICK = Settings(seconds=0.4, minutes=3, skip_slow=True, only_call_seconds=1.0)
+QUICK = Settings(seconds=0.4, minutes=3, skip_slow=True, warm_up_seconds=0.03, only_call_seconds=0.3)
 
 
 def discover(device: str, operators: Iterable[str] = (), smoke: bool = False) -> list[Workload]:
@@ -204,17 +207,28 @@ def run(
     on_step: Callable[[str, float], None] = lambda step, done: None,
     share: float = math.inf,
     end: float = math.inf,
+    reserved: float = 0.0,
 ) -> list[Measurement]:
     """Measures all contenders of one workload, in turns. `share`: the seconds it should take; `end`: when the run is to
-    end, by `time.monotonic`, after which no contender is begun. `on_step` hears what is done next and how much of the
-    workload is done."""
+    end, by `time.monotonic`, after which no contender is begun, and no slow one in so many seconds before it as are
+    `reserved` for others. `on_step` hears what is done next and how much of the workload is done."""
     begin = time.monotonic()
     results: dict[str, Measurement] = {}
     runners: list[Runner] = []
     inputs: list[Any] = []
     for i, contender in enumerate(sorted(workload.contenders, key=lambda one: one.slow)):
-        reason = _reason_against(contender, settings, time.monotonic() - begin > PATIENCE * share, end)
-        if reason is not None:
+        now = time.monotonic()
+        if contender.slow and settings.skip_slow:
+            reason = "slow, and the run is a quick one"
+        elif now >= end:
+            reason = "the time of the run was over"
+        elif contender.slow and now >= end - reserved:
+            reason = "slow, and the time was needed for others"
+        elif contender.slow and now - begin > PATIENCE * share:
+            reason = f"slow, and its workload had taken {PATIENCE} times its share of the run"
+        else:
+            reason = ""
+        if reason:
             results[contender.name] = left_out(workload, contender.name, reason)
             continue
         on_step(f"{contender.name}: warm-up", i / len(workload.contenders) / 2)
@@ -235,17 +249,6 @@ def run(
     torch.compiler.reset()  # compiled code of this workload's shapes counts against the limit of the next one's
     results |= {runner.contender.name: runner.result for runner in runners}
     return [results[contender.name] for contender in workload.contenders]
-
-
-def _reason_against(contender: Contender, settings: Settings, is_late: bool, end: float) -> str | None:
-    """Why a contender is not begun."""
-    if contender.slow and settings.skip_slow:
-        return "slow, and the run is a quick one"
-    if time.monotonic() >= end:
-        return "the time of the run was over"
-    if contender.slow and is_late:
-        return f"slow, and its workload had taken {PATIENCE} times its share of the run"
-    return None
 
 
 def left_out(workload: Workload, contender: str, reason: str) -> Measurement:
@@ -318,6 +321,8 @@ class Runner:
     def warm_up(self) -> None:
         """Learns what a call costs and what memory it takes; a contender that fails here is out, with its reason."""
         try:
+            if self.contender.imports:
+                importlib.import_module(self.contender.imports)
             first = self._measure_memory()
             if first >= min(LONG_CALL_SECONDS, self._settings.only_call_seconds):
                 self.result.seconds.append(first)

@@ -34,12 +34,13 @@ def page(rows: Sequence[Row]) -> str:
     )
     return environment.get_template(TEMPLATE).render(
         conditions=conditions(rows),
+        text_columns=tables.TEXT_COLUMNS,
         legend=tables.LEGEND,
         scaling_legend=tables.SCALING_LEGEND,
         summary=tables.summary(rows),
         roofline=_source(figures.roofline(rows)) if any(one.over_floor for one in comparisons(rows)) else None,
         targets=by_status,
-        left_out=[row for row in rows if row.is_left_out],
+        left_out=report.left_out(rows),
         operators=[
             {
                 "name": operator,

@@ -22,7 +22,6 @@ from .tables import Table
 
 BLOCK = re.compile(r"^<!-- bench: (?P<name>[^\n]+?) -->\n(?P<body>.*?)^<!-- /bench -->$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"`([^`]+\.csv)`")
-TEXT_COLUMNS = {"operator", "workload", "contender", "best rival", "sweep"}  # the others are numbers
 
 
 def fill(text: str, rows: Sequence[Row] | None = None) -> str:
@@ -73,7 +72,7 @@ def block(name: str, rows: Sequence[Row]) -> str:
 
 
 def _markdown(table: Table) -> str:
-    rules = ["---" if name in TEXT_COLUMNS else "---:" for name in table.header]
+    rules = ["---" if name in tables.TEXT_COLUMNS else "---:" for name in table.header]
     lines = [table.header, rules, *([_cell(cell) for cell in row] for row in table.rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -25,7 +25,8 @@ def show(console: Console, rows: Iterable[Row], verdicts: list[Verdict]) -> None
         console.print(table(rows, verdicts))
     if any(row.sweep for row in rows):
         console.print(scaling(rows))
-    show_left_out(console, rows)
+    for reason, found in left_out(rows).items():
+        console.print(f"{reason}: {'; '.join(found)}", highlight=False, markup=False)
     for status in (MET, MISSED, NOT_MEASURED):
         of_status = [verdict for verdict in verdicts if verdict.status == status]
         if of_status:
@@ -34,15 +35,18 @@ def show(console: Console, rows: Iterable[Row], verdicts: list[Verdict]) -> None
             console.print(f"  {describe(verdict)}", highlight=False, markup=False)
 
 
-def show_left_out(console: Console, rows: Iterable[Row]) -> None:
-    """Every contender that was not measured, below the reason."""
-    reasons: dict[str, list[str]] = {}
+def left_out(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """What was not measured, by the reason: contenders with their workload, or with the sizes of their sweep."""
+    reasons: dict[str, dict[str, list[str]]] = {}
     for row in rows:
-        if row.is_left_out:
-            where = f"{row.sweep}: {row.size}" if row.sweep else f"{row.workload} {row.dtype}"
-            reasons.setdefault(row.error, []).append(f"{row.contender} ({row.operator} {where})")
-    for reason, left_out in reasons.items():
-        console.print(f"{reason.capitalize()}: {', '.join(left_out)}.", highlight=False, markup=False)
+        if row.error:
+            where = f"{row.operator}, {row.sweep}" if row.sweep else f"{row.operator} {row.workload} {row.dtype}"
+            sizes = reasons.setdefault(row.error, {}).setdefault(f"{where}, {row.contender}", [])
+            sizes += [str(row.size)] if row.size else []
+    return {
+        reason: [f"{what} at {', '.join(sizes)}" if sizes else what for what, sizes in found.items()]
+        for reason, found in reasons.items()
+    }
 
 
 def table(rows: Iterable[Row], verdicts: list[Verdict]) -> rich_table.Table:

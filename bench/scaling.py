@@ -11,6 +11,7 @@ import numpy as np
 from .rows import Row
 
 LEAST_POINTS = 3
+NO_POWER = 0.5  # a line that points are off by half of their value says nothing
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,12 @@ class Fit:
     def __call__(self, size: float) -> float:
         return float(self.factor * size**self.exponent)
 
+    @property
+    def power(self) -> str:
+        return "none" if self.residual > NO_POWER else f"{self.exponent:.2f}"
+
     def __str__(self) -> str:
-        return f"{self.exponent:.2f} (± {100 * self.residual:.0f} %)"
+        return f"{self.power} (± {100 * self.residual:.0f} %)"
 
 
 def fit(sizes: Sequence[float], values: Sequence[float]) -> Fit | None:

@@ -20,6 +20,7 @@ SUMMARY_HEADER = [
     "ours, peak",
     "its peak",
 ]
+TEXT_COLUMNS = {"operator", "workload", "contender", "best rival", "sweep", "target"}  # the others are numbers
 SCALING_HEADER = ["sweep", "contender", "sizes", "exponent of time", "exponent of peak"]
 
 LEGEND = (

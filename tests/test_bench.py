@@ -150,6 +150,12 @@ class TestRun:
         assert other.error == "left out: slow, and its workload had taken 3 times its share of the run"
         assert len(ours.seconds) == harness.MIN_SAMPLES
 
+    def test_a_slow_contender_takes_no_time_that_is_reserved_for_others(self) -> None:
+        workload = tiny_workload(sleeper("other", 10, slow=True), sleeper("ours", 2e-3))
+        other, ours = harness.run(workload, harness.Settings(seconds=0), end=time.monotonic() + 1000, reserved=1000)
+        assert other.error == "left out: slow, and the time was needed for others"
+        assert ours.seconds
+
     def test_samples_take_what_a_workload_has_left(self) -> None:
         """Of 0.6 s there are some left after the warm-up, in which the other does not call 30 times for 20 ms."""
         workload = tiny_workload(sleeper("ours", 5e-4), sleeper("other", 20e-3))
@@ -206,6 +212,13 @@ class TestRun:
         )
         assert result.error is None
         assert prepared > len(result.seconds)
+
+    def test_a_module_is_imported_before_the_first_call(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "takes_long.py").write_text("import time; time.sleep(0.2)")
+        monkeypatch.syspath_prepend(tmp_path)
+        importing = Contender("other", lambda inputs: lambda: __import__("takes_long"), imports="takes_long")
+        (result,) = harness.run(tiny_workload(importing), harness.Settings(seconds=0.01, only_call_seconds=0.1))
+        assert max(result.seconds) < 0.1
 
     def test_long_calls_are_not_repeated_for_warm_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(harness, "LONG_CALL_SECONDS", 5e-3)

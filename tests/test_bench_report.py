@@ -136,6 +136,11 @@ class TestScaling:
         assert line.exponent == pytest.approx(0, abs=1e-12)
         assert line.residual == pytest.approx(1.1 ** math.sqrt(2) - 1)
 
+    def test_points_far_off_any_line_have_no_exponent(self) -> None:
+        line = scaling.fit([1, 2, 4], [1, 8, 1])
+        assert line is not None
+        assert str(line) == "none (± 167 %)"  # off by ln 8 sqrt(2) / 3
+
     def test_half_of_many_points_and_none_of_two(self) -> None:
         line = scaling.fit(range(1, 10), range(1, 10))
         assert line is not None
@@ -164,8 +169,13 @@ class TestReport:
         measured = [measurement("ours", [2.0])]
         measured += [measurement(name, [], error="left out: no time") for name in ("other", "third")]
         console = Console(width=200, record=True, file=io.StringIO())
+        points = [measurement("other", [], error="left out: long", sweep="N, of N", size=size) for size in (2, 4)]
+        assert report.left_out(rows.of([*measured, *points])) == {
+            "left out: no time": ["op 8x8 float32, other", "op 8x8 float32, third"],
+            "left out: long": ["op, N, of N, other at 2, 4"],
+        }
         report.show(console, rows.of(measured), [])
-        assert "Left out: no time: other (op 8x8 float32), third (op 8x8 float32)." in console.export_text()
+        assert "left out: no time: op 8x8 float32, other; op 8x8 float32, third\n" in console.export_text()
 
     @pytest.mark.parametrize(
         ("value", "text"),
@@ -209,8 +219,10 @@ class TestFigures:
 
     def test_distance_from_the_floor(self, results: list[Path]) -> None:
         (axis,) = figures.roofline(rows.read(results)).axes
-        assert [label.get_text() for label in axis.get_yticklabels()] == ["alpha 8x8, float32", "beta 7, float32"]
+        assert [label.get_text() for label in axis.get_yticklabels()] == ["", "8x8, fp32", "", "7, fp32"]
+        assert [text.get_text().strip() for text in axis.texts] == ["alpha", "0.80", "beta", "0.50"]
         assert list(axis.get_lines()[0].get_xdata()) == [pytest.approx(0.8), 0.5]
+        assert list(axis.get_lines()[0].get_ydata()) == [1, 3]
 
     def test_files_of_operators_are_the_same_each_time(self, results: list[Path], tmp_path: Path) -> None:
         texts = []
@@ -300,7 +312,7 @@ class TestPage:
             ("missed", "1"),
             ("not measured", "1"),
         ]
-        assert "op 8x8 float32, gone: left out: no time" in words
+        assert "left out: no time: op 8x8 float32, gone" in words
 
 
 class TestMarkdown:
