@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from . import harness, html, machine, report, rows, sweep, targets
+from . import harness, machine, report, rows, sweep, targets
 from .budget import Budget
 
 RESULTS = Path(__file__).with_name("results")
@@ -56,8 +56,16 @@ def main(arguments: list[str] | None = None) -> int:
     verdicts = targets.judge(targets.load(), (row for row in found if not row.sweep))
     report.show(console, found, verdicts)
 
-    html.write(options.page, rows.read([path]))
-    console.print(f"Rows written to {path}, the report to {options.page}", highlight=False, soft_wrap=True)
+    console.print(f"Rows written to {path}", highlight=False, soft_wrap=True)
+    try:
+        from . import html
+    except ModuleNotFoundError as error:
+        console.print(
+            f"No report, for {error.name} is not installed; elsewhere: python -m bench.html {path} report.html"
+        )
+    else:
+        html.write(options.page, rows.read([path]))
+        console.print(f"Report written to {options.page}", highlight=False, soft_wrap=True)
     missed = any(verdict.status == targets.MISSED for verdict in verdicts)
     return 1 if options.strict and missed else 0
 

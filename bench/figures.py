@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
+import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -14,14 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from . import tables
-from .harness import FLOOR
+from .harness import FLOOR, OURS
 from .rows import Comparison, Row, comparisons, conditions, operators
 from .scaling import NO_POWER, Curve, curves, fit
 
 OURS_COLOR, OTHER_COLOR, FLOOR_COLOR = "#2a8fd0", "#a8a8a8", "#606060"
 RIVAL_COLOR = "#d9822b"  # of a curve
 TEXT_COLOR = "#808080"
-WIDTH = 6.4  # inches: the column of a phone shows it at two thirds of its size
+WIDTH = 5.2  # inches: a phone shows it at three quarters of its size
 
 # By the unit of the floor's rate: of what it is, and a color.
 KINDS = {
@@ -91,7 +93,7 @@ def _bars_of(axis: Axes, panel: Sequence[Row]) -> None:
 def scaling(rows: Sequence[Row], operator: str) -> Figure:
     """A line of panels a sweep: time and peak memory against the size, all axes logarithmic, with the fitted lines."""
     sweeps = curves(rows, operator)
-    figure = Figure(figsize=(WIDTH, 2.7 * len(sweeps) + 0.3), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.5 * len(sweeps) + 0.3), layout="constrained")
     axes = figure.subplots(len(sweeps), 2, squeeze=False)
     for (time_axis, memory_axis), ((sweep, dtype), found) in zip(axes, sweeps.items(), strict=True):
         _curves_of(time_axis, [(curve, *curve.time) for curve in found], tables.seconds)
@@ -114,7 +116,7 @@ def _curves_of(axis: Axes, found: Sequence[tuple[Curve, list[int], list[float]]]
         points = [(size, value) for size, value in zip(sizes, values, strict=True) if value > 0]
         line = fit(sizes, values)
         label = f"{curve.contender}: {line.power}" if line else curve.contender
-        color = OURS_COLOR if curve.rows[0].is_ours else RIVAL_COLOR
+        color = OURS_COLOR if curve.contender == OURS else RIVAL_COLOR
         axis.plot(*zip(*points, strict=True), "o", color=color, markersize=4, label=label) if points else None
         if line and line.residual <= NO_POWER:
             ends = [line.first, max(sizes)]
@@ -124,7 +126,12 @@ def _curves_of(axis: Axes, found: Sequence[tuple[Curve, list[int], list[float]]]
         axis.set_xticks(sizes, [f"{size:g}" if size < 1e6 else f"{size / 1e6:.2g}M" for size in sizes], rotation=45)
         axis.xaxis.set_minor_formatter(NullFormatter())
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize="small", title="exponent", title_fontsize="small", alignment="left")
+        low, high = (math.log10(limit) for limit in axis.get_ylim())
+        # Whole decades, so that two ticks have labels, and one more for the legend.
+        axis.set_ylim(10 ** math.floor(low), 10 ** (math.ceil(high) + 1))
+        axis.legend(
+            fontsize="small", title="exponent", title_fontsize="small", alignment="left", loc="upper left", borderpad=0
+        )
 
 
 @_styled
@@ -172,7 +179,7 @@ def _with_floor(rows: Sequence[Row], operator: str) -> list[Comparison]:
 
 
 def _conditions(rows: Sequence[Row]) -> str:
-    return "\n".join(map(str, conditions(rows)))
+    return "\n".join(textwrap.fill(str(one), 84) for one in conditions(rows))
 
 
 def svg(figure: Figure) -> str:

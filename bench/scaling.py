@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from .rows import Row
 
@@ -45,10 +44,11 @@ def fit(sizes: Sequence[float], values: Sequence[float]) -> Fit | None:
     points = points[-max(LEAST_POINTS, math.ceil(len(points) / 2)) :]
     if len(points) < LEAST_POINTS:
         return None
-    x, y = np.log(np.array(points, dtype=float)).T
-    exponent, offset = np.polyfit(x, y, 1)
-    residual = math.expm1(float(np.sqrt(np.mean((exponent * x + offset - y) ** 2))))
-    return Fit(float(exponent), math.exp(offset), residual, len(points), points[0][0])
+    x, y = ([math.log(value) for value in values] for values in zip(*points, strict=True))
+    exponent, offset = statistics.linear_regression(x, y)
+    squares = [(exponent * x_i + offset - y_i) ** 2 for x_i, y_i in zip(x, y, strict=True)]
+    residual = math.expm1(math.sqrt(statistics.fmean(squares)))
+    return Fit(exponent, math.exp(offset), residual, len(points), points[0][0])
 
 
 @dataclass(frozen=True)

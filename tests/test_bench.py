@@ -406,6 +406,11 @@ class TestSweep:
         for contender in workload.contenders:
             contender.prepare(inputs)()
 
+    def test_those_of_a_gpu_can_be_made(self) -> None:
+        found = sweep.discover("cuda")
+        assert len(found) >= 7
+        assert {one.make(one.sizes[0]).device for one in found} == {"cuda"}
+
     def test_every_operator_has_one(self) -> None:
         assert {one.operator for one in sweep.discover("cpu")} == {w.operator for w in harness.discover("cpu")}
         assert {one.operator for one in sweep.discover("cpu", ["stablemax"])} == {
