@@ -70,7 +70,7 @@ def workloads(device: str, smoke: bool = False) -> list[Workload]:
         ("ResNet-50", layers, torch.float32),
         ("ResNet-50", layers, torch.bfloat16),
     ]
-    return [_workload(device, *row, CONTENDERS) for row in table]
+    return [_workload(device, name, shapes, dtype, CONTENDERS) for name, shapes, dtype in table]
 
 
 def _workload(

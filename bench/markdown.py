@@ -53,11 +53,9 @@ def block(name: str, rows: Sequence[Row]) -> str:
     if name not in known:
         raise ValueError(f"bench.markdown: no block is named '{name}'; the rows have: {', '.join(known)}")
     if name == "summary":
-        # The first workload of each operator is in the table, and where it was measured below it.
-        firsts = [one.rows for operator in known[name] for one in comparisons(rows, operator)[:1]]
         table = tables.summary(rows)
         table = Table(table.header, [[f"`{operator}`", *cells] for operator, *cells in table.rows])
-        return _markdown(table) + _sources([row for group in firsts for row in group])
+        return _markdown(table) + _sources([row for one in tables.headlines(rows) for row in one.rows])
     if name.endswith("scaling"):
         lines = [[f"`{operator}`", *line] for operator in known[name] for line in tables.scaling(rows, operator).rows]
         used = [row for row in rows if row.sweep and row.operator in known[name]]

@@ -132,12 +132,14 @@ def parse(row: dict[str, str], source: str = "") -> Row:
     def count(column: str) -> int | None:
         return int(text(column)) if text(column) else None
 
-    conditions = Conditions(
-        *(text(column) for column in ("date", "machine", "cores", "isa", "torch", "commit", "load")), source=source
-    )
+    names = ("date", "machine", "cores", "isa", "torch", "commit", "load")
     return Row(
-        conditions,
-        *(text(column) for column in ("device", "operator", "workload", "dtype", "sweep")),
+        conditions=Conditions(**{name: text(name) for name in names}, source=source),
+        device=text("device"),
+        operator=text("operator"),
+        workload=text("workload"),
+        dtype=text("dtype"),
+        sweep=text("sweep"),
         size=count("size"),
         contender=text("contender"),
         median=number("median_s"),
@@ -206,7 +208,8 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        return f"{self.rows[0].workload}, {self.rows[0].dtype}"
+        first = self.rows[0]
+        return ", ".join([first.workload, first.dtype, *([first.device] if first.device != "cpu" else [])])
 
     def named(self, contender: str) -> Row | None:
         """The contender, if it was measured."""

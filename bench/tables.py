@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .harness import FLOOR, OURS
-from .rows import Comparison, Row, comparisons, operators
+from .rows import Comparison, Row, comparisons
 from .scaling import curves, fit
 
 CONTENDER_HEADER = ["contender", "time", "p20 - p80", "ratio", "ours / floor", "peak"]
@@ -58,19 +58,24 @@ def of_comparison(comparison: Comparison) -> Table:
     return Table(CONTENDER_HEADER, [[row.contender, *cells(row, comparison)] for row in comparison.rows])
 
 
+def headlines(rows: Iterable[Row]) -> list[Comparison]:
+    """Of each operator on each device the first workload that ours was measured on."""
+    found: dict[tuple[str, str], Comparison] = {}
+    for one in comparisons(rows):
+        if one.ours:
+            found.setdefault((one.ours.operator, one.ours.device), one)
+    return list(found.values())
+
+
 def summary(rows: Iterable[Row]) -> Table:
-    """An operator a row, by the first of its workloads."""
-    rows = list(rows)
+    """An operator a row."""
     lines = []
-    for operator in operators(rows):
-        found = [one for one in comparisons(rows, operator) if one.ours]
-        if not found:
-            continue
-        first, rival = found[0], found[0].best_rival
-        against = [rival.contender, ratio(first.ratio(rival))] if rival else ["", ""]
-        peaks = [size(row.peak_bytes) if row else "" for row in (first.ours, rival)]
-        ours = seconds(first.ours.median) if first.ours else ""
-        lines.append([operator, first.title, ours, *against, ratio(first.over_floor), *peaks])
+    for one in headlines(rows):
+        ours, rival = one.ours, one.best_rival
+        against = [rival.contender, ratio(one.ratio(rival))] if rival else ["", ""]
+        peaks = [size(row.peak_bytes) if row else "" for row in (ours, rival)]
+        time = seconds(ours.median) if ours else ""
+        lines.append([one.rows[0].operator, one.title, time, *against, ratio(one.over_floor), *peaks])
     return Table(SUMMARY_HEADER, lines)
 
 

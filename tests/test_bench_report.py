@@ -334,6 +334,12 @@ class TestMarkdown:
             "Text, `<!-- bench: beta -->` in a line.",
         ]
 
+    def test_each_device_has_a_row(self, results: list[Path], tmp_path: Path) -> None:
+        path = tmp_path / "third.csv"
+        path.write_text(results[1].read_text().replace(",cpu,", ",cuda,"))
+        lines = markdown.block("summary", rows.read([*results, path])).splitlines()
+        assert [line.split(" | ")[1] for line in lines[2:5]] == ["8x8, float32", "7, float32", "7, float32, cuda"]
+
     def test_an_operator_and_its_exponents(self, results: list[Path]) -> None:
         found = rows.read(results)
         one = markdown.block("beta", found).splitlines()
