@@ -57,6 +57,41 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 @_styled
+def summary(rows: Sequence[Row]) -> Figure:
+    """An operator a line: the times of all rivals and of the floor, over ours."""
+    found = [one for one in tables.headlines(rows) if one.best_rival]
+    figure = Figure(figsize=(WIDTH, 0.36 * len(found) + 1.2), layout="constrained")
+    axis = figure.subplots()
+    axis.axvline(1.0, color=OURS_COLOR, linewidth=2, label="ours")
+    kinds: dict[str, tuple[str, str, list[tuple[float, int]]]] = {
+        "best rival": ("o", RIVAL_COLOR, []),
+        "other rivals": ("o", OTHER_COLOR, []),
+        "floor": ("|", TEXT_COLOR, []),
+    }
+    for i, one in enumerate(found):
+        for row in one.rows:
+            kind = "floor" if row.contender == FLOOR else "best rival" if row == one.best_rival else "other rivals"
+            ratio = one.ratio(row)
+            if ratio is not None and (row.is_rival or row.contender == FLOOR):
+                kinds[kind][2].append((ratio, i))
+                if kind == "best rival":
+                    axis.hlines(i, 1.0, ratio, color=RIVAL_COLOR, linewidth=2)
+                    text = f"{tables.ratio(ratio)} x  {row.contender}"
+                    axis.text(1.01, i, text, transform=axis.get_yaxis_transform(), va="center", fontsize="small")
+    for kind, (marker, color, points) in kinds.items():
+        if points:
+            axis.plot(*zip(*points, strict=True), marker, color=color, label=kind, markersize=6, markeredgewidth=1.5)
+    labels = [f"{one.rows[0].operator}\n{one.title}" for one in found]
+    axis.set_yticks(range(len(found)), labels, fontsize="small")
+    axis.set_ylim(len(found) - 0.4, -0.6)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_xlabel("time / our time, logarithmic")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
+    return figure
+
+
+@_styled
 def bars(found: Sequence[Comparison]) -> Figure:
     """One panel a workload, a bar a contender from fast to slow, whiskers from the 20th to the 80th percentile."""
     panels = [sorted((row for row in one.rows if row.median), key=lambda row: -(row.median or 0)) for one in found]

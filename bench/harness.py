@@ -218,17 +218,8 @@ def run(
     inputs: list[Any] = []
     for i, contender in enumerate(sorted(workload.contenders, key=lambda one: one.slow)):
         now = time.monotonic()
-        if contender.slow and settings.skip_slow:
-            reason = "slow, and the run is a quick one"
-        elif now >= end:
-            reason = "the time of the run was over"
-        elif contender.slow and now >= end - reserved:
-            reason = "slow, and the time was needed for others"
-        elif contender.slow and now - begin > PATIENCE * share:
-            reason = f"slow, and its workload had taken {PATIENCE} times its share of the run"
-        else:
-            reason = ""
-        if reason:
+        is_late = now - begin > PATIENCE * share
+        if reason := _reason_against(contender, settings, is_late, left=end - now, reserved=reserved):
             results[contender.name] = left_out(workload, contender.name, reason)
             continue
         on_step(f"{contender.name}: warm-up", i / len(workload.contenders) / 2)
@@ -236,6 +227,8 @@ def run(
         runners.append(Runner(workload, contender, inputs, settings))
         runners[-1].warm_up()
 
+    if not runners:
+        return [results[contender.name] for contender in workload.contenders]
     _share_out(runners, share - (time.monotonic() - begin), settings)
     gc.collect()
     gc.disable()  # a collection in the middle of a sample would be somebody's bad luck
@@ -249,6 +242,19 @@ def run(
     torch.compiler.reset()  # compiled code of this workload's shapes counts against the limit of the next one's
     results |= {runner.contender.name: runner.result for runner in runners}
     return [results[contender.name] for contender in workload.contenders]
+
+
+def _reason_against(contender: Contender, settings: Settings, is_late: bool, left: float, reserved: float) -> str:
+    """Why a contender is not begun, if there is a reason."""
+    if contender.slow and settings.skip_slow:
+        return "slow, and the run is a quick one"
+    if left <= 0:
+        return "the time of the run was over"
+    if contender.slow and left <= reserved:
+        return "slow, and the time was needed for others"
+    if contender.slow and is_late:
+        return f"slow, and its workload had taken {PATIENCE} times its share of the run"
+    return ""
 
 
 def left_out(workload: Workload, contender: str, reason: str) -> Measurement:

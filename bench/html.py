@@ -38,6 +38,9 @@ def page(rows: Sequence[Row]) -> str:
         legend=tables.LEGEND,
         scaling_legend=tables.SCALING_LEGEND,
         summary=tables.summary(rows),
+        summary_figure=_source(figures.summary(rows))
+        if any(one.best_rival for one in tables.headlines(rows))
+        else None,
         roofline=_source(figures.roofline(rows)) if any(one.over_floor for one in comparisons(rows)) else None,
         targets=by_status,
         left_out=report.left_out(rows),

@@ -217,6 +217,12 @@ class TestFigures:
         assert [text.get_text() for text in time_axis.get_legend().get_texts()] == ["ours: 1.00", "rival: 2.00"]
         assert list(memory_axis.get_lines()[0].get_ydata()) == [1000, 2000, 4000]
 
+    def test_rivals_and_floors_over_ours(self, results: list[Path]) -> None:
+        (axis,) = figures.summary(rows.read(results)).axes
+        drawn = {line.get_label(): list(line.get_xdata()) for line in axis.get_lines()}
+        assert drawn == {"ours": [1.0, 1.0], "best rival": [2.0, 2.5], "floor": [pytest.approx(0.8), 0.5]}
+        assert [text.get_text() for text in axis.texts] == ["2.00 x  other", "2.50 x  rival"]
+
     def test_distance_from_the_floor(self, results: list[Path]) -> None:
         (axis,) = figures.roofline(rows.read(results)).axes
         assert [label.get_text() for label in axis.get_yticklabels()] == ["", "8x8, fp32", "", "7, fp32"]
@@ -271,7 +277,7 @@ class TestPage:
         text = path.read_text()
         page = Page(text)
         assert page.open == []
-        assert len(page.resources) == 4  # the floors, alpha, beta, beta's sweep
+        assert len(page.resources) == 5  # the summary, the floors, alpha, beta, beta's sweep
         assert all(resource.startswith("data:image/svg+xml;base64,") for resource in page.resources)
         assert set(page.anchors) == {"#alpha", "#beta"}
         assert all(f'id="{anchor[1:]}"' in text for anchor in page.anchors)
