@@ -24,7 +24,7 @@ MASS, EPSILON, GAMMA = 0.5, 0.1, 1.0
 ITERATIONS, SMOKE_ITERATIONS = 100, 3
 SEMANTIC_WEIGHT, SEMANTIC_STEPS, FEATURES = 0.5, 10, 128
 
-RELEASED, COMPILED, RELEASED_32 = "released fp64 formula", "compiled fp64 formula", "the same in fp32"
+RELEASED, COMPILED, RELEASED_32 = "released fp64 formula", "compiled fp64 formula", "released formula in fp32"
 
 
 def fused(logits: Tensor, iterations: int) -> Tensor:

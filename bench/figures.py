@@ -64,8 +64,8 @@ def summary(rows: Sequence[Row]) -> Figure:
     axis = figure.subplots()
     axis.axvline(1.0, color=OURS_COLOR, linewidth=2, label="ours")
     kinds: dict[str, tuple[str, str, list[tuple[float, int]]]] = {
-        "best rival": ("o", RIVAL_COLOR, []),
         "other rivals": ("o", OTHER_COLOR, []),
+        "best rival": ("o", RIVAL_COLOR, []),
         "floor": ("|", TEXT_COLOR, []),
     }
     for i, one in enumerate(found):
