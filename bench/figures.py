@@ -84,8 +84,7 @@ def summary(rows: Sequence[Row]) -> Figure:
     labels = [f"{one.rows[0].operator}\n{one.title}" for one in found]
     axis.set_yticks(range(len(found)), labels, fontsize="small")
     axis.set_ylim(len(found) - 0.4, -0.6)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _logarithmic(axis)
     axis.set_xlabel("time / our time, logarithmic")
     figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     return figure
@@ -116,9 +115,7 @@ def _bars_of(axis: Axes, panel: Sequence[Row]) -> None:
     colors = [FLOOR_COLOR if row.contender == FLOOR else OURS_COLOR if row.is_ours else OTHER_COLOR for row in panel]
     drawn = axis.barh(names, medians, xerr=whiskers, color=colors, ecolor=TEXT_COLOR)
     axis.bar_label(drawn, [tables.seconds(row.median) for row in panel], padding=4)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    _logarithmic(axis)
     axis.set_xlim(min(medians) / 2, max(medians) * 6)
     row = panel[0]
     axis.set_title(f"{row.operator}, {row.workload}, {row.dtype}", loc="left", fontsize="medium")
@@ -198,9 +195,8 @@ def roofline(rows: Sequence[Row]) -> Figure:
             axis.hlines(positions, least, ends, color=color, linewidth=2)
             axis.plot(ends, positions, "o", color=color, label=kind)
     axis.axvline(1.0, color=TEXT_COLOR, linewidth=1, linestyle="--")
-    axis.set_xscale("log")
+    _logarithmic(axis)
     axis.set_xlim(least, max(fractions) * 1.2)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_yticks(range(len(lines)), labels, fontsize="small")
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(len(lines) - 0.4, -0.6)
@@ -211,6 +207,13 @@ def roofline(rows: Sequence[Row]) -> Figure:
 
 def _with_floor(rows: Sequence[Row], operator: str) -> list[Comparison]:
     return [one for one in comparisons(rows, operator) if one.over_floor]
+
+
+def _logarithmic(axis: Axes) -> None:
+    """The x axis, with plain numbers at whole decades."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _conditions(rows: Sequence[Row]) -> str:

@@ -47,6 +47,7 @@ def page(rows: Sequence[Row]) -> str:
         operators=[
             {
                 "name": operator,
+                "conditions": conditions(row for row in rows if row.operator == operator),
                 "workloads": [_workload(one, verdicts) for one in comparisons(rows, operator)],
                 "bars": pictures.get(operator),
                 "scaling": tables.scaling(rows, operator) if curves(rows, operator) else None,

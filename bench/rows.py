@@ -35,10 +35,10 @@ class Conditions:
     source: str
 
     def __str__(self) -> str:
-        isa = f", {self.isa}" if self.isa else ""
+        cores, isa = "1 core" if self.cores == "1" else f"{self.cores} cores", f", {self.isa}" if self.isa else ""
         return (
-            f"{self.cores} cores of {self.machine}{isa}, torch {self.torch}, commit {self.commit},"
-            f" load {self.load} at the start, {self.date[:10]}"
+            f"{cores} of {self.machine}{isa}, torch {self.torch}, commit {self.commit}, load {self.load} at the start,"
+            f" {self.date[:10]}"
         )
 
 
@@ -178,7 +178,7 @@ def write(path: Path, measurements: Iterable[Measurement]) -> None:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of several files, of each workload and each sweep those of the last run that has it: only one run
+    """The rows of several files, of each workload and each sweep those of the last run that began it: only one run
     compares. Operators come in the order of their names, workloads in that of the runs, however `paths` are sorted."""
     found: list[Row] = []
     for path in paths:
@@ -187,7 +187,10 @@ def read(paths: Iterable[Path]) -> list[Row]:
         with path.open(newline="") as file:
             found += [parse(row, source) for row in csv.DictReader(file)]
     found.sort(key=lambda row: (row.conditions.date, row.conditions.source))
-    last = {row.unit: row.conditions for row in found}
+    last: dict[tuple[str, ...], Conditions] = {}
+    for row in found:
+        if not row.is_left_out or row.unit not in last:
+            last[row.unit] = row.conditions
     return sorted((row for row in found if last[row.unit] == row.conditions), key=lambda row: row.operator)
 
 

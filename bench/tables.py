@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .harness import FLOOR, OURS
 from .rows import Comparison, Row, comparisons
-from .scaling import curves, fit
+from .scaling import LEAST_POINTS, curves, fit
 
 CONTENDER_HEADER = ["contender", "time", "p20 - p80", "ratio", "ours / floor", "peak"]
 SUMMARY_HEADER = [
@@ -30,6 +30,9 @@ SCALING_LEGEND = (
     "Exponents: least squares over the upper half of the sizes, both axes logarithmic; in brackets the root mean square"
     " by which points are off the line."
 )
+
+
+TOO_FEW = f"fewer than {LEAST_POINTS} sizes"
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def scaling(rows: Iterable[Row], operator: str) -> Table:
                 continue
             fits = [fit(*points) for points in (curve.time, curve.memory)]
             span = f"{min(sizes)} - {max(sizes)}"
-            lines.append([curve.sweep, curve.contender, span, *("" if one is None else str(one) for one in fits)])
+            lines.append([curve.sweep, curve.contender, span, *(TOO_FEW if one is None else str(one) for one in fits)])
     return Table(SCALING_HEADER, lines)
 
 

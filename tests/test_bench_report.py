@@ -97,6 +97,14 @@ class TestRows:
                 ("b", "8x8", None, "ours", 7.0),
             ]
 
+    def test_a_run_that_had_no_time_for_a_workload_leaves_it_to_an_older_one(self, tmp_path: Path) -> None:
+        old = write_rows(tmp_path / "old.csv", "2026-01-01", ["a 8x8 ours 3", "a 9x9 ours 3"])
+        new = write_rows(tmp_path / "new.csv", "2026-02-02", ["a 8x8 ours 2", "a 9x9 ours 2"])
+        lines = new.read_text().splitlines()
+        new.write_text("\n".join([*lines[:2], lines[2].replace("2,2,2,3", ",,,0") + "left out: no time"]) + "\n")
+        assert [row.median for row in rows.read([new])] == [2.0, None]
+        assert [(row.workload, row.median) for row in rows.read([old, new])] == [("9x9", 3.0), ("8x8", 2.0)]
+
     def test_files_of_all_ages_can_be_read(self) -> None:
         paths = sorted((Path(rows.__file__).parent / "results").glob("*.csv"))
         assert len(rows.read(paths)) > 150
