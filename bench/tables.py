@@ -30,8 +30,6 @@ SCALING_LEGEND = (
     "Exponents: least squares over the upper half of the sizes, both axes logarithmic; in brackets the root mean square"
     " by which points are off the line."
 )
-
-
 TOO_FEW = f"fewer than {LEAST_POINTS} sizes"
 
 
