@@ -61,6 +61,12 @@ native := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 # ---- what is run ----
 
+# Tests share the cores, a file at a time: what a file has set up serves all of its tests. Threads that wait for work
+# then must not spin, for they would hold the cores that other tests need.
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8))')
+lane := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 $(python)
+shared := -n $(JOBS) --dist loadfile
+
 # Where ARGS choose tests, a lane may have none of them: pytest's status 5.
 maybe_none := $(if $(ARGS),|| [ $$? -eq 5 ])
 
@@ -70,9 +76,9 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
 
 test: .venv/pyreg ## every test: CPU kernels, then Triton kernels interpreted and CUDA kernels emulated under sanitizers
-	$(python) -m pytest tests $(ARGS) $(maybe_none)
-	$(python) -m pytest tests --backend=triton_on_cpu $(ARGS) $(maybe_none)
-	$(python) tests/cuda_on_cpu/run_sanitized.py tests --backend=cuda_on_cpu $(ARGS) $(maybe_none)
+	$(lane) -m pytest tests $(shared) $(ARGS) $(maybe_none)
+	$(lane) -m pytest tests $(shared) --backend=triton_on_cpu $(ARGS) $(maybe_none)
+	$(lane) tests/cuda_on_cpu/run_sanitized.py tests $(shared) --backend=cuda_on_cpu $(ARGS) $(maybe_none)
 
 demo: .venv/pyreg ## run the examples with the fused operators; EXAMPLE=compander for one of them
 	for example in $(EXAMPLE); do $(python) examples/$$example.py $(ARGS); done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -116,6 +117,12 @@ def build_library(
     flags = (*COMPILE_FLAGS, *mode, *extra_flags)
     headers = _headers_digest()
     (BUILD / "objects").mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of processes that share the tests one builds
+        return _build(name, sources, mode, flags, headers)
+
+
+def _build(name: str, sources: Sequence[Path], mode: Sequence[str], flags: Sequence[str], headers: str) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda source: _object(source, flags, headers), (*sources, *EMULATOR_SOURCES)))
     key = _digest(*map(str, objects), LINKER_SCRIPT.read_bytes(), *LINK_FLAGS, *LIBRARIES)
