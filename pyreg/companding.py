@@ -145,10 +145,15 @@ def decompand(model: nn.Module) -> None:
     the hooks of :func:`compand` are gone. A weight that :class:`pyreg.nn.WeightCompander` was registered on by hand is
     folded in too.
 
+    Args:
+        model: a module with companded weights.
+
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
         ValueError: it has no companded weight; one of them has another parametrization on top. The model is left as it
             was.
+
+    Source: as of :func:`compand`.
 
     Example:
         >>> model = torch.nn.Linear(8, 4)

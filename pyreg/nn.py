@@ -59,8 +59,9 @@ class LinearStableMaxCrossEntropyLoss(torch.nn.Module):
     of :class:`torch.nn.LinearCrossEntropyLoss`, whose constructor it has.
 
     The layer is the attribute ``linear``; tie it to an embedding by ``loss.linear.weight = embedding.weight``, and take
-    logits where they are wanted, as in generation, by ``loss.linear(hidden)``. Formula, shapes, dtypes, errors and
-    gradients: :func:`pyreg.functional.linear_stablemax_cross_entropy`.
+    logits where they are wanted, as in generation, by ``loss.linear(hidden)``.
+
+    Formula, shapes, dtypes, errors and gradients: :func:`pyreg.functional.linear_stablemax_cross_entropy`.
 
     Args:
         in_features: features ``H`` of the input ``[..., H]``.
@@ -71,8 +72,8 @@ class LinearStableMaxCrossEntropyLoss(torch.nn.Module):
         reduction, ignore_index, label_smoothing: as in :class:`torch.nn.CrossEntropyLoss`.
 
     Example:
-        >>> head = pyreg.nn.LinearStableMaxCrossEntropyLoss(1024, 32000)
-        >>> head(torch.randn(2, 256, 1024), torch.randint(32000, (2, 256))).backward()
+        >>> head = pyreg.nn.LinearStableMaxCrossEntropyLoss(64, 8000)
+        >>> head(torch.randn(2, 128, 64), torch.randint(8000, (2, 128))).backward()
     """
 
     weight: Tensor | None
@@ -325,8 +326,8 @@ class SamplesLoss(torch.nn.Module):
         potentials: whether the loss's potentials are returned in its place.
         truncate, verbose, backend: accepted, and without meaning: there is one exact way.
         cost, kernel, cluster_scale: None.
-        exact_gradient: of no meaning without ``reach``. With it, geomloss's gradient by x and y is ``(rho + eps / 2) /
-            (rho + eps)`` of the loss's own, and so is this one; True gives that of the loss.
+        exact_gradient: of no meaning without ``reach``. With it, geomloss's gradient by x and y is
+            ``(rho + eps / 2) / (rho + eps)`` of the loss's own, and so is this one; True gives that of the loss.
 
     Shape:
         Called as ``(x, y)`` or ``(a, x, b, y)`` with x ``[n, d]`` or ``[B, n, d]`` and weights a ``[n]``, ``[n, 1]``,

@@ -67,7 +67,8 @@ def sinkhorn(
             (``[m]``, ``[..., m]``) with one for each entry. ``inf`` and None: the marginal must hold.
         reference: ``"product"`` or ``"counting"``, see above.
         max_iter: at least 1; the iterations of all stages of epsilon.
-        tol: what :attr:`Transport.marginal_error` has to come down to; 0 makes all iterations, and warns of nothing.
+        tol: what :attr:`~pyreg.transport.Transport.marginal_error` has to come down to; 0 makes all iterations, and
+            warns of nothing.
         epsilon_scaling: a factor between 0 and 1: the first iterations are made at an epsilon of the cost's range,
             which is multiplied by the factor every few of them until it is epsilon. Small epsilons come near their
             solution in a fraction of the iterations so; the last digits take as many as without.
@@ -178,6 +179,11 @@ def sinkhorn_points(
         ValueError, TypeError: as of :func:`sinkhorn`; dimensions of points that differ or are 0, clouds without points,
             NaN or infinite coordinates, offsets that do not fit; a function for cost that does not return such costs,
             or comes with offsets or ``streaming=True``.
+
+    Warns:
+        pyreg.transport.ConvergenceWarning: as of :func:`sinkhorn`.
+
+    Source: as of :func:`sinkhorn`.
 
     Example:
         >>> x, y = torch.randn(50, 2, requires_grad=True), torch.randn(60, 2)
