@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from pyreg._companded_weight import CompandedWeight, JointPass
 from pyreg._weight_selection import Exclude, Weight, companded_weights, parametrization_of, weights_to_compand
 from pyreg.nn import WeightCompander, compander_constant
+from pyreg.ops._options import Kind
 from pyreg.ops.weight_compander import KINDS
 
 __all__ = ["Companding", "compand", "decompand"]
@@ -48,7 +49,7 @@ def compand(
     b: Tensor | float = 1.0,
     *,
     learnable: bool = True,
-    kind: str = "arctan",
+    kind: Kind = "arctan",
     per: Literal["layer", "channel", "model"] = "layer",
     exclude: Exclude | Iterable[Exclude] = (),
     embeddings: bool = False,
@@ -189,7 +190,7 @@ def decompand(model: nn.Module) -> None:
 
 
 def _companders(
-    weights: list[Weight], a: Tensor, b: Tensor, learnable: bool, kind: str, per: str, clamp: bool
+    weights: list[Weight], a: Tensor, b: Tensor, learnable: bool, kind: Kind, per: str, clamp: bool
 ) -> list[CompandedWeight]:
     params = [weight.param for weight in weights]
     devices = list(dict.fromkeys(str(param.device) for param in params))

@@ -12,6 +12,7 @@ from pyreg import functional
 from pyreg.ops import samples_loss
 from pyreg.ops._checks import check_number
 from pyreg.ops._library import accumulate_dtype
+from pyreg.ops._options import CostName, Kind, Reduction, Variant
 from pyreg.ops.partial_transport import check_mass
 from pyreg.ops.weight_compander import KINDS
 
@@ -33,6 +34,10 @@ __all__ = [
 ]
 
 
+# To type checkers a call of ``torch.nn.Module`` takes and returns anything. Modules here are called as their forward
+# is: all but SamplesLoss, whose result depends on its options.
+
+
 class StableMaxCrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """Cross-entropy under StableMax, in place of :class:`torch.nn.CrossEntropyLoss`, whose constructor it has.
 
@@ -52,6 +57,9 @@ class StableMaxCrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class LinearStableMaxCrossEntropyLoss(torch.nn.Module):
@@ -108,6 +116,9 @@ class LinearStableMaxCrossEntropyLoss(torch.nn.Module):
             label_smoothing=self.label_smoothing,
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def extra_repr(self) -> str:
         return f"reduction={self.reduction}, ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"
 
@@ -132,9 +143,9 @@ class ConRLoss(torch.nn.Module):
         window: float = 1.0,
         temperature: float = 0.07,
         eta: float = 0.01,
-        variant: str = "paper",
+        variant: Variant = "paper",
         label_norm: float = 2,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: dist.ProcessGroup | bool | None = None,
     ) -> None:
         super().__init__()
@@ -155,6 +166,9 @@ class ConRLoss(torch.nn.Module):
             reduction=self.reduction,
             group=self.group,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (
@@ -178,7 +192,7 @@ class SupConLoss(torch.nn.Module):
         *,
         temperature: float = 0.1,
         normalize: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: dist.ProcessGroup | bool | None = None,
     ) -> None:
         super().__init__()
@@ -193,6 +207,9 @@ class SupConLoss(torch.nn.Module):
             reduction=self.reduction,
             group=self.group,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (
@@ -217,7 +234,7 @@ class InfoNCELoss(torch.nn.Module):
         temperature: float = 0.07,
         normalize: bool = True,
         symmetric: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: dist.ProcessGroup | bool | None = None,
     ) -> None:
         super().__init__()
@@ -236,6 +253,9 @@ class InfoNCELoss(torch.nn.Module):
             reduction=self.reduction,
             group=self.group,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (
@@ -261,7 +281,7 @@ class MongeGap(torch.nn.Module):
         *,
         epsilon: float | None = None,
         relative_epsilon: float | None = None,
-        cost: str | Callable[[Tensor, Tensor], Tensor] = "sqeuclidean",
+        cost: CostName | Callable[[Tensor, Tensor], Tensor] = "sqeuclidean",
         max_iter: int = 2000,
         tol: float = 1e-3,
         epsilon_scaling: float | None = None,
@@ -283,6 +303,9 @@ class MongeGap(torch.nn.Module):
             epsilon_scaling=self.epsilon_scaling,
             streaming=self.streaming,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         cost = self.cost if isinstance(self.cost, str) else getattr(self.cost, "__name__", type(self.cost).__name__)
@@ -515,6 +538,9 @@ class ProgressivePseudoLabels(torch.nn.Module):
             self._steps += 1
         return labels
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _labels(self, logits: Tensor, features: Tensor | None) -> Tensor:
         if len(logits) < self.num_classes:
             return logits.new_zeros(logits.shape, dtype=accumulate_dtype(logits.dtype))
@@ -639,7 +665,7 @@ class WeightCompander(torch.nn.Module):
         a: Tensor | float = 0.5,
         b: Tensor | float = 1.0,
         learnable: bool = True,
-        kind: str = "arctan",
+        kind: Kind = "arctan",
         clamp: bool = False,
     ) -> None:
         super().__init__()
@@ -655,6 +681,9 @@ class WeightCompander(torch.nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         return functional.weight_compander(v, self.a, self.b, self.kind)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def right_inverse(self, w: Tensor) -> Tensor:
         """The ``v`` that gives the weight ``w``."""

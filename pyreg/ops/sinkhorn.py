@@ -15,13 +15,14 @@ from torch import Tensor
 
 from pyreg.ops import _checks, _library, _pairwise_cost
 from pyreg.ops._dense_cost import DenseCost
+from pyreg.ops._options import CostName, Reference
 from pyreg.ops._point_cost import PointCost
 from pyreg.ops._problems import Entries, Problems, RaggedEntries
 from pyreg.ops._transport import Transport
 from pyreg.ops._transport_problem import Number, Options, Start, solve
 
 Offsets = Tensor | Sequence[int]
-Cost = str | Callable[[Tensor, Tensor], Tensor]
+Cost = CostName | Callable[[Tensor, Tensor], Tensor]
 
 
 # ---- public functions ----
@@ -36,7 +37,7 @@ def sinkhorn(
     relative_epsilon: float | None = None,
     rho_a: Number | None = None,
     rho_b: Number | None = None,
-    reference: str = "product",
+    reference: Reference = "product",
     max_iter: int = 1000,
     tol: float = 1e-6,
     epsilon_scaling: float | None = None,
@@ -131,7 +132,7 @@ def sinkhorn_points(
     relative_epsilon: float | None = None,
     rho_a: Number | None = None,
     rho_b: Number | None = None,
-    reference: str = "product",
+    reference: Reference = "product",
     max_iter: int = 1000,
     tol: float = 1e-6,
     epsilon_scaling: float | None = None,
