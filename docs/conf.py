@@ -6,10 +6,11 @@ browsers render without a script.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
-from latex2mathml.converter import convert
+from docutils.utils.math.latex2mathml import tex2mathml
 
 import pyreg
 
@@ -23,6 +24,8 @@ exclude_patterns = ["README.md"]
 
 html_theme = "furo"
 html_title = "pyreg"
+html_static_path = ["_static"]
+html_css_files = ["pyreg.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_copyright = False
@@ -44,13 +47,19 @@ napoleon_custom_sections = ["Shape", "Gradient"]
 napoleon_use_rtype = False
 
 
+def _mathml(formula: str) -> str:
+    """With the thin space between a function's name and its argument that LaTeX puts there, but before a bracket."""
+    return re.sub(r"<mo>&ApplyFunction;</mo>(?!\s*<m[^>]*>[({[])", '<mspace width="0.17em"/>', tex2mathml(formula))
+
+
 def _inline_formula(translator: Any, node: nodes.math) -> None:
-    translator.body.append(convert(node.astext()))
+    translator.body.append(_mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def _block_formula(translator: Any, node: nodes.math_block) -> None:
-    translator.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>\n')
+    block = _mathml(node.astext()).replace("<math ", '<math display="block" ', 1)
+    translator.body.append(f'<div class="math">{block}</div>\n')
     raise nodes.SkipNode
 
 

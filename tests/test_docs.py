@@ -161,7 +161,7 @@ def test_page_of_an_operator_has_every_section(page: Path) -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built as `make docs` builds it: what leads nowhere, or is in no list of pages, is an error."""
-    need("sphinx", "myst_parser", "furo", "sphinx_copybutton", "latex2mathml")
+    need("sphinx", "myst_parser", "furo", "sphinx_copybutton")
     folder = tmp_path_factory.mktemp("site")
     run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(DOCS), "."], folder)
     return folder

@@ -73,11 +73,12 @@ def sinkhorn(
         epsilon_scaling: a factor between 0 and 1: the first iterations are made at an epsilon of the cost's range,
             which is multiplied by the factor every few of them until it is epsilon. Small epsilons come near their
             solution in a fraction of the iterations so; the last digits take as many as without.
-        init: where to begin: the :class:`Transport` of a similar problem, or potentials ``(f, g)`` as it has them.
+        init: where to begin: the :class:`~pyreg.transport.Transport` of a similar problem, or potentials ``(f, g)`` as
+            it has them.
 
     Returns:
-        :class:`Transport`, which has the value, the potentials, the plan and what is computed with it. Iterations are
-        made in float64 for float64 costs and in float32 otherwise, potentials and value kept in float64.
+        :class:`~pyreg.transport.Transport`, which has the value, the potentials, the plan and what is computed with it.
+        Iterations are made in float64 for float64 costs and in float32 otherwise, potentials and value kept in float64.
 
     Gradient:
         Of everything in the result with respect to ``cost``, ``a`` and ``b``, to any order; ``epsilon`` and the
@@ -169,7 +170,7 @@ def sinkhorn_points(
             :func:`sinkhorn`.
 
     Returns:
-        :class:`Transport`; its ``barycentric_map()`` needs no points, its ``map()`` takes new ones.
+        :class:`~pyreg.transport.Transport`; its ``barycentric_map()`` needs no points, its ``map()`` takes new ones.
 
     Gradient:
         With respect to ``x``, ``y``, ``a`` and ``b``, to any order, as of :func:`sinkhorn`:
