@@ -158,6 +158,13 @@ def test_page_of_an_operator_has_every_section(page: Path) -> None:
     assert [heading for heading in headings if heading in SECTIONS] == SECTIONS
 
 
+def test_every_benchmark_has_its_place_in_a_page() -> None:
+    found = [re.findall(r"<!-- bench: (\w+) -->.*?<!-- /bench -->", page.read_text(), re.S) for page in OPERATORS]
+    sources = (ROOT / "bench").glob("bench_*.py")
+    measured = {name for source in sources for name in re.findall(r'^OPERATOR = "(\w+)"', source.read_text(), re.M)}
+    assert {name for names in found for name in names} == measured
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built as `make docs` builds it: what leads nowhere, or is in no list of pages, is an error."""

@@ -1,4 +1,4 @@
-"""What a type checker finds out about a program that uses pyreg, and what pyreg ships for it to look at."""
+"""What a type checker finds out about a program that uses pyreg."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-
-import pyreg
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = Path("tests") / "typing_program.py"
@@ -36,7 +34,3 @@ def test_mypy_knows_types_and_finds_mistakes(monkeypatch: pytest.MonkeyPatch) ->
 
     assert sorted(found) == sorted(expected), output
     assert {number: said for number, said in found.items() if not agrees(expected[number], said)} == {}
-
-
-def test_package_says_that_it_is_typed() -> None:
-    assert (Path(pyreg.__file__).parent / "py.typed").exists()
