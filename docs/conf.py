@@ -6,13 +6,22 @@ browsers render without a script.
 
 from __future__ import annotations
 
+import collections.abc
 import re
+import sys
 from typing import Any
 
+import torch
+import torch.distributed
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
 import pyreg
+
+# Modules import these for type checkers alone; here they make annotations readable.
+for module in [module for name, module in sys.modules.items() if name.startswith("pyreg.")]:
+    vars(module).setdefault("dist", torch.distributed)
+    vars(module).setdefault("Callable", collections.abc.Callable)
 
 project = "pyreg"
 author = "the pyreg authors"
@@ -20,7 +29,6 @@ copyright = author
 version = release = pyreg.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["README.md"]
 
 html_theme = "furo"
 html_title = "pyreg"
@@ -36,7 +44,7 @@ suppress_warnings = ["myst.header"]  # a file that is included may begin with an
 
 # Names of pyreg are links, and one that leads nowhere fails the build. Those of other projects are plain.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!pyreg\b).*")]
+nitpick_ignore_regex = [("py:.*", r"(torch|collections)\..*|Tensor")]
 
 default_role = "code"
 autodoc_member_order = "bysource"

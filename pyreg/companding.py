@@ -23,7 +23,7 @@ _PER = ("layer", "channel", "model")
 
 @dataclass(frozen=True)
 class Companding:
-    """The companded weights of a model, as :func:`compand` returns it."""
+    """The companded weights of a model, as :func:`pyreg.compand` returns it."""
 
     model: nn.Module
 
@@ -39,7 +39,7 @@ class Companding:
         return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
 
     def remove(self) -> None:
-        """:func:`decompand` of the model."""
+        """:func:`pyreg.decompand` of the model."""
         decompand(self.model)
 
 
@@ -93,7 +93,7 @@ def compand(
     their modules takes part, and none is excluded. Modules outside of ``model`` are not seen, so compand the whole.
 
     Returns:
-        :class:`Companding`: the companded weights and learned constants.
+        :class:`~pyreg.companding.Companding`: the companded weights and learned constants.
 
     Raises:
         TypeError: something else than such arguments; weights of other dtypes than float64, float32, bfloat16, float16.
