@@ -35,7 +35,7 @@ __all__ = [
 
 
 # To type checkers a call of ``torch.nn.Module`` takes and returns anything. Modules here are called as their forward
-# is: all but SamplesLoss, whose result depends on its options.
+# is.
 
 
 class StableMaxCrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -400,9 +400,13 @@ class SamplesLoss(torch.nn.Module):
         self.debias, self.potentials, self.verbose, self.backend = debias, potentials, verbose, backend
         self.exact_gradient = exact_gradient
 
-    def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    # To type checkers the potentials are Any, so that a loss is called without a question which of both it returns.
+    def forward(self, *args: Tensor) -> Tensor | Any:
         options = samples_loss.checked(self.p, self.blur, self.reach, self.diameter, self.scaling, self.debias)
         return samples_loss.samples_loss(args, options, self.potentials, self.exact_gradient)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (

@@ -41,6 +41,10 @@ transport = functional.sinkhorn_points(x, x, cost=manhattan, epsilon=0.1)
 reveal_type(transport)  # -> Transport
 reveal_type(transport.value)  # -> Tensor
 reveal_type(transport.barycentric_map())  # -> Tensor
+reveal_type(transport.plan().sum(0))  # -> Tensor | Any
+nn.SamplesLoss()(x, x).backward()
+potentials, _ = nn.SamplesLoss(potentials=True)(x, x)
+nn.SamplesLoss()(x, "y")  # ! incompatible type "str"
 reveal_type(transport.potentials())  # -> tuple[Tensor, Tensor]
 reveal_type(pyreg.compand(model).weights)  # -> dict[str, Parameter]
 reveal_type(diagnostics.naive_loss_minimization_alignment(model.parameters()).overall)  # -> Tensor
