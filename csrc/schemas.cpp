@@ -22,6 +22,11 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
   library.def(
       "stablemax_cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
       "float label_smoothing, ScalarType loss_dtype) -> Tensor");
+  // Of some of the classes, the others being on other ranks of a process group: pyreg/ops/_class_shards.py.
+  library.def(
+      "stablemax_cross_entropy_sharded(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "float label_smoothing, ScalarType loss_dtype, int first_class, int num_classes, str group) -> (Tensor loss, "
+      "Tensor saved, Tensor local_target)");
 
   // Linear + StableMax: pyreg/ops/linear_stablemax.py
   library.def(
@@ -39,6 +44,10 @@ PYREG_DEFINE(PYREG_LIBRARY, library) {
 
   // OrthoGrad: csrc/orthograd, pyreg/ops/orthograd.py
   library.def("orthogonalize_gradients_(Tensor[] params, Tensor(a!)[] grads) -> ()");
+  // The same of shards in several processes, step by step: sums [n, 3] and residuals [n] are added up in between.
+  library.def("orthograd_sums(Tensor[] params, Tensor[] grads) -> Tensor");
+  library.def("orthograd_residuals(Tensor[] params, Tensor[] grads, Tensor sums) -> Tensor");
+  library.def("orthograd_update_(Tensor[] params, Tensor(a!)[] grads, Tensor sums, Tensor residuals) -> ()");
 
   // Weight compander: csrc/weight_compander, pyreg/ops/weight_compander.py. For vs[i], a is constants[a[i]] or,
   // where a[i] is negative, numbers[-1 - a[i]]; b likewise.

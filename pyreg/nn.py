@@ -43,10 +43,29 @@ class StableMaxCrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     Formula, shapes, dtypes, errors and gradients: :func:`pyreg.functional.stablemax_cross_entropy`.
 
+    Args:
+        weight, ignore_index, reduction, label_smoothing: as in :class:`torch.nn.CrossEntropyLoss`.
+        group, num_classes: of classes that are divided among ranks.
+
     Example:
         >>> loss = pyreg.nn.StableMaxCrossEntropyLoss(label_smoothing=0.1)
         >>> loss(torch.randn(8, 113, requires_grad=True), torch.randint(113, (8,))).backward()
     """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        group: dist.ProcessGroup | bool | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.group, self.num_classes = group, num_classes
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.stablemax_cross_entropy(
@@ -56,6 +75,8 @@ class StableMaxCrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            group=self.group,
+            num_classes=self.num_classes,
         )
 
     if TYPE_CHECKING:

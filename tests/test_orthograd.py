@@ -818,3 +818,55 @@ def test_a_differentiable_group_is_refused_later_too() -> None:
     optimizer = OrthoGrad([torch.nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(ValueError, match="differentiable=False"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "differentiable": True})
+
+
+# ---- single steps, of shards in several processes ----
+
+
+@pytest.mark.parametrize("is_parallel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_steps_on_shards_give_what_the_whole_gives(device: torch.device, dtype: torch.dtype, is_parallel: bool) -> None:
+    """Sums over the shards of each parameter, added up between the steps, stand for those over the parameter."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [3, 40000, 17000]  # less than a chunk, some chunks, and a bit more than one
+    cuts = [1, 23456, 16384]
+    weights = [torch.randn(size, dtype=torch.float64, generator=generator) for size in sizes]
+    grads = [torch.randn(size, dtype=torch.float64, generator=generator) for size in sizes]
+    if is_parallel:
+        grads = [weight * 3 + 1e-5 * grad for weight, grad in zip(weights, grads, strict=True)]
+    weights, grads = ([part.to(device, dtype) for part in parts] for parts in (weights, grads))
+    whole = [grad.clone() for grad in grads]
+    ops = torch.ops.pyreg
+    ops.orthogonalize_gradients_(weights, whole)
+
+    def shards(parts: list[Tensor]) -> list[list[Tensor]]:
+        return [
+            [part[:cut] for part, cut in zip(parts, cuts, strict=True)],
+            [part[cut:] for part, cut in zip(parts, cuts, strict=True)],
+        ]
+
+    halves = list(zip(shards(weights), shards(grads), strict=True))
+    sums = sum(ops.orthograd_sums(*half) for half in halves)
+    residuals = sum(ops.orthograd_residuals(*half, sums) for half in halves)
+    # Of many elements, of which the rounding of bfloat16 keeps gradients from being nearly parallel.
+    assert ((residuals[1:] > 0) == (is_parallel and dtype != torch.bfloat16)).all()
+    for half in halves:
+        ops.orthograd_update_(*half, sums, residuals)
+    exact = [weight.double().square().sum() for weight in weights]
+    torch.testing.assert_close(sums[:, 0], torch.stack(exact), rtol=1e-14, atol=0.0)
+    for ours, expected in zip(grads, whole, strict=True):
+        # one chunk is cut in two: sums in another order, of which a parallel gradient loses ten digits
+        scale = expected.double().abs().max().item()
+        tolerance = max(1e-9 if is_parallel else 1e-14, torch.finfo(dtype).eps) * scale
+        torch.testing.assert_close(ours, expected, rtol=0.0, atol=tolerance)
+
+
+def test_steps_refuse_what_does_not_fit(device: torch.device) -> None:
+    weights, grads = [torch.ones(3, device=device)], [torch.ones(3, device=device)]
+    sums, ops = torch.ones(1, 3, dtype=torch.float64, device=device), torch.ops.pyreg
+    with pytest.raises(ValueError, match="expected sums of 3 float64 numbers"):
+        ops.orthograd_residuals(weights, grads, sums.float())
+    with pytest.raises(ValueError, match="expected residuals of 1 float64 numbers"):
+        ops.orthograd_update_(weights, grads, sums, sums)
+    with pytest.raises(ValueError, match="expected shards that have elements"):
+        ops.orthograd_sums([torch.ones(0, device=device)], [torch.ones(0, device=device)])

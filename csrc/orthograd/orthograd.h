@@ -85,31 +85,49 @@ struct OrthogradTensor {
   }
 };
 
+// Tensors may be shards of parameters whose other shards lie in other processes. Then a call makes one step, and what
+// it leaves is added up over the processes before the next.
+enum class OrthogradStep {
+  everything,  // grad <- g'
+  sums,        // args.sums <- sums over the tensors
+  residuals,   // args.residuals <- |g_perp|^2 over the tensors, from args.sums of whole parameters; 0 where these give
+               // it
+  update,      // grad <- g' from args.sums and args.residuals of whole parameters
+};
+
 struct OrthogradArgs {
   const OrthogradTensor* tensors;  // [count], in host memory
   int64_t count;
   int64_t chunks;     // of all tensors
   double* workspace;  // [orthograd_workspace_size(count, chunks)], on the tensors' device
+  OrthogradStep step;
+  OrthogradSums* sums;  // [count], of single steps
+  double* residuals;    // [count], of single steps but the first
   void* stream;
 };
 
 struct OrthogradWorkspace {
   OrthogradSums* sums;          // [count]
   OrthogradUpdate* updates;     // [count]
+  double* residuals;            // [count]
   OrthogradSums* partial_sums;  // [chunks]
   double* partial_residuals;    // [chunks], of nearly parallel gradients only
 };
 
-PYREG_HOST_DEVICE int64_t orthograd_workspace_size(int64_t count, int64_t chunks) { return 5 * count + 4 * chunks; }
+PYREG_HOST_DEVICE int64_t orthograd_workspace_size(int64_t count, int64_t chunks) { return 6 * count + 4 * chunks; }
 
+// With the sums and residuals of the call in place of its own where it makes a single step.
 PYREG_HOST_DEVICE OrthogradWorkspace orthograd_workspace(const OrthogradArgs& args) {
+  const bool is_single = args.step != OrthogradStep::everything;
   double* const updates = args.workspace + 3 * args.count;
-  double* const partial_sums = updates + 2 * args.count;
-  return {reinterpret_cast<OrthogradSums*>(args.workspace), reinterpret_cast<OrthogradUpdate*>(updates),
+  double* const residuals = updates + 2 * args.count;
+  double* const partial_sums = residuals + args.count;
+  return {is_single ? args.sums : reinterpret_cast<OrthogradSums*>(args.workspace),
+          reinterpret_cast<OrthogradUpdate*>(updates), is_single ? args.residuals : residuals,
           reinterpret_cast<OrthogradSums*>(partial_sums), partial_sums + 3 * args.chunks};
 }
 
-// grad <- g' for every tensor
+// What the step says, for every tensor
 PYREG_DECLARE_KERNEL(orthogonalize_gradients, OrthogradArgs)
 
 }  // namespace pyreg

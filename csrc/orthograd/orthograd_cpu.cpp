@@ -176,50 +176,85 @@ void finish_tensor(const OrthogradTensor& tensor, const Storage* w, Storage* g) 
   if (!update.is_identity()) update_chunk(w, g, tensor.size, update);
 }
 
-}  // namespace
+// ---- the steps; takes(t) says of which tensors ----
 
-void orthogonalize_gradients(const OrthogradArgs& args) {
-  const OrthogradTensor* const tensors = args.tensors;
-  const OrthogradWorkspace workspace = orthograd_workspace(args);
-  for_each_chunk(tensors, args.count, [&](const Chunk& chunk, const auto* w, auto* g) {
-    if (tensors[chunk.tensor].chunks() == 1) {
-      finish_tensor(tensors[chunk.tensor], w, g);
-    } else {
-      workspace.partial_sums[chunk.index] = sum_chunk(w, g, chunk.size);
-    }
-  });
-
-  const auto is_large = [&](int64_t t) { return tensors[t].chunks() > 1; };
-  const auto is_parallel = [&](int64_t t) {
-    return is_large(t) && orthograd_is_parallel(workspace.sums[t], tensors[t].dtype);
-  };
-  bool any_large = false, any_parallel = false;
+template <typename Takes>
+void join_sums(const OrthogradArgs& args, const OrthogradWorkspace& workspace, Takes&& takes) {
   for (int64_t t = 0; t < args.count; ++t) {
-    if (!is_large(t)) continue;
-    workspace.sums[t] = sum_partials(workspace.partial_sums, tensors[t]);
-    any_large = true;
-    any_parallel = any_parallel || is_parallel(t);
+    if (takes(t)) workspace.sums[t] = sum_partials(workspace.partial_sums, args.tensors[t]);
   }
-  if (!any_large) return;
+}
 
+template <typename Takes>
+void sum_residuals(const OrthogradArgs& args, const OrthogradWorkspace& workspace, Takes&& takes) {
+  const auto is_parallel = [&](int64_t t) {
+    return takes(t) && orthograd_is_parallel(workspace.sums[t], args.tensors[t].dtype);
+  };
+  bool any_parallel = false;
+  for (int64_t t = 0; t < args.count; ++t) any_parallel = any_parallel || is_parallel(t);
   if (any_parallel) {
-    for_each_chunk(tensors, args.count, [&](const Chunk& chunk, const auto* w, auto* g) {
+    for_each_chunk(args.tensors, args.count, [&](const Chunk& chunk, const auto* w, auto* g) {
       if (!is_parallel(chunk.tensor)) return;
       const double projection = orthograd_projection(workspace.sums[chunk.tensor]);
       workspace.partial_residuals[chunk.index] = sum_residual(w, g, chunk.size, projection);
     });
   }
   for (int64_t t = 0; t < args.count; ++t) {
-    if (!is_large(t)) continue;
-    const double residual =
-        is_parallel(t) ? sum_partials(workspace.partial_residuals, tensors[t]) : orthograd_residual(workspace.sums[t]);
-    workspace.updates[t] = orthograd_update(workspace.sums[t], residual);
+    workspace.residuals[t] = is_parallel(t) ? sum_partials(workspace.partial_residuals, args.tensors[t]) : 0;
   }
-  for_each_chunk(tensors, args.count, [&](const Chunk& chunk, const auto* w, auto* g) {
-    if (!is_large(chunk.tensor)) return;
+}
+
+template <typename Takes>
+void update_gradients(const OrthogradArgs& args, const OrthogradWorkspace& workspace, Takes&& takes) {
+  for (int64_t t = 0; t < args.count; ++t) {
+    if (!takes(t)) continue;
+    const OrthogradSums& sums = workspace.sums[t];
+    const bool is_parallel = orthograd_is_parallel(sums, args.tensors[t].dtype);
+    workspace.updates[t] = orthograd_update(sums, is_parallel ? workspace.residuals[t] : orthograd_residual(sums));
+  }
+  for_each_chunk(args.tensors, args.count, [&](const Chunk& chunk, const auto* w, auto* g) {
+    if (!takes(chunk.tensor)) return;
     const OrthogradUpdate update = workspace.updates[chunk.tensor];
     if (!update.is_identity()) update_chunk(w, g, chunk.size, update);
   });
+}
+
+void make_everything(const OrthogradArgs& args, const OrthogradWorkspace& workspace) {
+  const OrthogradTensor* const tensors = args.tensors;
+  const auto is_large = [&](int64_t t) { return tensors[t].chunks() > 1; };
+  for_each_chunk(tensors, args.count, [&](const Chunk& chunk, const auto* w, auto* g) {
+    if (is_large(chunk.tensor)) {
+      workspace.partial_sums[chunk.index] = sum_chunk(w, g, chunk.size);
+    } else {
+      finish_tensor(tensors[chunk.tensor], w, g);
+    }
+  });
+  bool any_large = false;
+  for (int64_t t = 0; t < args.count; ++t) any_large = any_large || is_large(t);
+  if (!any_large) return;
+  join_sums(args, workspace, is_large);
+  sum_residuals(args, workspace, is_large);
+  update_gradients(args, workspace, is_large);
+}
+
+}  // namespace
+
+void orthogonalize_gradients(const OrthogradArgs& args) {
+  const OrthogradWorkspace workspace = orthograd_workspace(args);
+  const auto all = [](int64_t) { return true; };
+  switch (args.step) {
+    case OrthogradStep::everything:
+      return make_everything(args, workspace);
+    case OrthogradStep::sums:
+      for_each_chunk(args.tensors, args.count, [&](const Chunk& chunk, const auto* w, auto* g) {
+        workspace.partial_sums[chunk.index] = sum_chunk(w, g, chunk.size);
+      });
+      return join_sums(args, workspace, all);
+    case OrthogradStep::residuals:
+      return sum_residuals(args, workspace, all);
+    case OrthogradStep::update:
+      return update_gradients(args, workspace, all);
+  }
 }
 
 }  // namespace pyreg::PYREG_ISA

@@ -1,7 +1,8 @@
 // CUDA kernels of OrthoGrad. Formulas and notation: orthograd.h.
 //
 // Four launches for up to kTableTensors tensors: sums of each chunk; sums of each tensor; |g_perp|^2 of each chunk of a
-// nearly parallel gradient (the other blocks leave at once); the update. A block works on one chunk, so that work is
+// nearly parallel gradient (the other blocks leave at once); the update. Single steps (OrthogradStep) take those they
+// need, and one more that leaves |g_perp|^2 of each tensor. A block works on one chunk, so that work is
 // shared by equal numbers of elements; partial sums are joined in a fixed order, without atomics.
 // The table of tensors is a kernel parameter: no copy, no synchronisation, and a CUDA graph holds it.
 //
@@ -22,7 +23,8 @@ constexpr int kTableTensors = 1000;
 struct Table {
   OrthogradTensor tensors[kTableTensors];
   int count;
-  int first_chunk;  // of the first tensor
+  int first_chunk;     // of the first tensor
+  bool has_residuals;  // of each tensor, in the workspace
   OrthogradWorkspace workspace;
 };
 static_assert(sizeof(Table) <= 32764);
@@ -155,6 +157,22 @@ __global__ void __launch_bounds__(kThreads) sum_residuals(const __grid_constant_
   if (threadIdx.x == 0) table.workspace.partial_residuals[table.first_chunk + blockIdx.x] = residual;
 }
 
+// The same of a tensor, by all threads of a block; of a nearly parallel gradient.
+__device__ __forceinline__ double joined_residual(const Table& table, const OrthogradTensor& tensor) {
+  const double* partial = table.workspace.partial_residuals + tensor.first_chunk;
+  double residual = 0;
+  for (int i = threadIdx.x; i < tensor.chunks(); i += kThreads) residual += partial[i];
+  return block_sum<kThreads>(residual);
+}
+
+// The same of each tensor, 0 where its gradient is not nearly parallel
+__global__ void __launch_bounds__(kThreads) join_residuals(const __grid_constant__ Table table) {
+  const OrthogradTensor& tensor = table.tensors[blockIdx.x];
+  const bool is_parallel = orthograd_is_parallel(table.workspace.sums[blockIdx.x], tensor.dtype);
+  const double residual = is_parallel ? joined_residual(table, tensor) : 0;
+  if (threadIdx.x == 0) table.workspace.residuals[blockIdx.x] = residual;
+}
+
 // g' of one element in the accumulation type. In float, a = high + low: each product is joined without rounding, so the
 // error is that of g_perp's own rounding, however much of g the projection takes away.
 template <typename A>
@@ -184,10 +202,7 @@ __global__ void __launch_bounds__(kThreads) update_gradients(const __grid_consta
   const OrthogradSums sums = table.workspace.sums[chunk.index];
   double residual = orthograd_residual(sums);
   if (orthograd_is_parallel(sums, chunk.tensor.dtype)) {
-    const double* partial = table.workspace.partial_residuals + chunk.tensor.first_chunk;
-    residual = 0;
-    for (int i = threadIdx.x; i < chunk.tensor.chunks(); i += kThreads) residual += partial[i];
-    residual = block_sum<kThreads>(residual);
+    residual = table.has_residuals ? table.workspace.residuals[chunk.index] : joined_residual(table, chunk.tensor);
   }
   const OrthogradUpdate update = orthograd_update(sums, residual);
   if (update.is_identity()) return;
@@ -212,20 +227,28 @@ __global__ void __launch_bounds__(kThreads) update_gradients(const __grid_consta
 namespace cuda {
 
 void orthogonalize_gradients(const OrthogradArgs& args) {
-  const OrthogradWorkspace workspace = orthograd_workspace(args);
+  const bool is_single = args.step != OrthogradStep::everything;
+  const auto makes = [&](OrthogradStep step) { return !is_single || args.step == step; };
   for (int64_t first = 0; first < args.count; first += kTableTensors) {
     Table table{};
     table.count = static_cast<int>(args.count - first < kTableTensors ? args.count - first : kTableTensors);
     for (int i = 0; i < table.count; ++i) table.tensors[i] = args.tensors[first + i];
     const OrthogradTensor& last = table.tensors[table.count - 1];
     table.first_chunk = table.tensors[0].first_chunk;
-    table.workspace = workspace;
+    table.has_residuals = is_single;
+    table.workspace = orthograd_workspace(args);
     table.workspace.sums += first;
+    table.workspace.residuals += first;
     const unsigned chunks = static_cast<unsigned>(last.first_chunk + last.chunks() - table.first_chunk);
-    PYREG_LAUNCH(sum_chunks, chunks, kThreads, 0, args.stream, table);
-    PYREG_LAUNCH(sum_tensors, table.count, kThreads, 0, args.stream, table);
-    PYREG_LAUNCH(sum_residuals, chunks, kThreads, 0, args.stream, table);
-    PYREG_LAUNCH(update_gradients, chunks, kThreads, 0, args.stream, table);
+    if (makes(OrthogradStep::sums)) {
+      PYREG_LAUNCH(sum_chunks, chunks, kThreads, 0, args.stream, table);
+      PYREG_LAUNCH(sum_tensors, table.count, kThreads, 0, args.stream, table);
+    }
+    if (makes(OrthogradStep::residuals)) PYREG_LAUNCH(sum_residuals, chunks, kThreads, 0, args.stream, table);
+    if (args.step == OrthogradStep::residuals) {
+      PYREG_LAUNCH(join_residuals, table.count, kThreads, 0, args.stream, table);
+    }
+    if (makes(OrthogradStep::update)) PYREG_LAUNCH(update_gradients, chunks, kThreads, 0, args.stream, table);
   }
 }
 

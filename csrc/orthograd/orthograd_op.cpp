@@ -28,56 +28,120 @@ void check_device(const Tensor& tensor, const Tensor& first, const char* list, s
                 kName, "expected all tensors on one device, but ", list, "[", i, "] lies on another than params[0]");
 }
 
-void orthogonalize_gradients_(std::vector<Tensor> params, std::vector<Tensor> grads) {
-  PYREG_REQUIRE(params.size() == grads.size(), kName, "expected one gradient a parameter, got ", params.size(),
-                " params and ", grads.size(), " grads");
-  std::vector<OrthogradTensor> tensors;
-  tensors.reserve(params.size());
-  std::vector<Tensor> weight_copies;
-  std::vector<std::pair<Tensor, Tensor>> grad_copies;  // gradient, its contiguous copy
-  int64_t chunks = 0;
-  for (size_t i = 0; i < params.size(); ++i) {
-    const Tensor& param = params[i];
-    const Tensor& grad = grads[i];
-    check_device(param, params[0], "params", i);
-    check_device(grad, params[0], "grads", i);
-    check_pair(param, grad, i);
-    const Dtype dtype = dtype_of(param.scalar_type(), kName);
-    const int64_t size = param.numel();
-    if (size == 0) continue;
-    OrthogradTensor tensor{nullptr, nullptr, size, static_cast<int32_t>(chunks), dtype};
+// Parameters and gradients as the kernels take them.
+class Pairs {
+ public:
+  Pairs(const std::vector<Tensor>& params, const std::vector<Tensor>& grads) {
+    PYREG_REQUIRE(params.size() == grads.size(), kName, "expected one gradient a parameter, got ", params.size(),
+                  " params and ", grads.size(), " grads");
+    tensors_.reserve(params.size());
+    for (size_t i = 0; i < params.size(); ++i) {
+      check_device(params[i], params[0], "params", i);
+      check_device(grads[i], params[0], "grads", i);
+      check_pair(params[i], grads[i], i);
+      if (params[i].numel() > 0) add(params[i], grads[i]);
+    }
+  }
+
+  int64_t count() const { return static_cast<int64_t>(tensors_.size()); }
+
+  // Makes one step, or everything; `sums` [count, 3] and `residuals` [count] as the step has them.
+  void run(OrthogradStep step, const Tensor& like, const Tensor* sums, const Tensor* residuals) {
+    const Launch launch(like);
+    const Tensor workspace = empty({orthograd_workspace_size(count(), chunks_)}, ScalarType::Double, like);
+    OrthogradArgs args{};
+    args.tensors = tensors_.data();
+    args.count = count();
+    args.chunks = chunks_;
+    args.workspace = static_cast<double*>(workspace.mutable_data_ptr());
+    args.step = step;
+    if (sums) args.sums = static_cast<OrthogradSums*>(const_cast<void*>(sums->const_data_ptr()));
+    if (residuals) args.residuals = static_cast<double*>(const_cast<void*>(residuals->const_data_ptr()));
+    args.stream = launch.stream;
+    PYREG_DEVICE::orthogonalize_gradients(args);
+  }
+
+  // Where gradients did not lie as the weights do.
+  void write_back() {
+    for (auto& [grad, copy] : grad_copies_) torch::stable::copy_(grad, copy);
+  }
+
+ private:
+  void add(const Tensor& param, const Tensor& grad) {
+    OrthogradTensor tensor{nullptr, nullptr, param.numel(), static_cast<int32_t>(chunks_),
+                           dtype_of(param.scalar_type(), kName)};
     if (lie_alike(param, grad)) {
       tensor.weight = param.const_data_ptr();
       tensor.grad = grad.mutable_data_ptr();
     } else {
-      weight_copies.push_back(contiguous(param));
-      tensor.weight = weight_copies.back().const_data_ptr();
+      weight_copies_.push_back(contiguous(param));
+      tensor.weight = weight_copies_.back().const_data_ptr();
       Tensor copy = contiguous(grad);
       tensor.grad = copy.mutable_data_ptr();
-      if (!grad.is_contiguous()) grad_copies.emplace_back(grad, std::move(copy));
+      if (!grad.is_contiguous()) grad_copies_.emplace_back(grad, std::move(copy));
     }
-    chunks += tensor.chunks();
-    tensors.push_back(tensor);
+    chunks_ += tensor.chunks();
+    tensors_.push_back(tensor);
   }
-  if (tensors.empty()) return;
 
-  const Launch launch(params[0]);
-  const int64_t count = static_cast<int64_t>(tensors.size());
-  const Tensor workspace = empty({orthograd_workspace_size(count, chunks)}, ScalarType::Double, params[0]);
-  OrthogradArgs args{};
-  args.tensors = tensors.data();
-  args.count = count;
-  args.chunks = chunks;
-  args.workspace = static_cast<double*>(workspace.mutable_data_ptr());
-  args.stream = launch.stream;
-  PYREG_DEVICE::orthogonalize_gradients(args);
-  for (auto& [grad, copy] : grad_copies) torch::stable::copy_(grad, copy);
+  std::vector<OrthogradTensor> tensors_;  // those that have elements
+  std::vector<Tensor> weight_copies_;
+  std::vector<std::pair<Tensor, Tensor>> grad_copies_;  // gradient, its contiguous copy
+  int64_t chunks_ = 0;
+};
+
+void orthogonalize_gradients_(std::vector<Tensor> params, std::vector<Tensor> grads) {
+  Pairs pairs(params, grads);
+  if (pairs.count() == 0) return;
+  pairs.run(OrthogradStep::everything, params[0], nullptr, nullptr);
+  pairs.write_back();
+}
+
+// ---- parameters whose shards lie in several processes, step by step ----
+
+Pairs shards_of(const std::vector<Tensor>& params, const std::vector<Tensor>& grads) {
+  Pairs shards(params, grads);
+  PYREG_REQUIRE(!params.empty() && shards.count() == static_cast<int64_t>(params.size()), kName,
+                "expected shards that have elements");
+  return shards;
+}
+
+void check_numbers(const Tensor& numbers, const char* name, int64_t count, const Tensor& like) {
+  PYREG_REQUIRE(numbers.numel() == count && numbers.is_contiguous() && numbers.scalar_type() == ScalarType::Double &&
+                    numbers.is_cpu() == like.is_cpu(),
+                kName, "expected ", name, " of ", count, " float64 numbers, contiguous, on the parameters' device");
+}
+
+Tensor sums_of_shards(std::vector<Tensor> params, std::vector<Tensor> grads) {
+  Pairs shards = shards_of(params, grads);
+  Tensor sums = empty({shards.count(), 3}, ScalarType::Double, params[0]);
+  shards.run(OrthogradStep::sums, params[0], &sums, nullptr);
+  return sums;
+}
+
+Tensor residuals_of_shards(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor sums) {
+  Pairs shards = shards_of(params, grads);
+  check_numbers(sums, "sums", 3 * shards.count(), params[0]);
+  Tensor residuals = empty({shards.count()}, ScalarType::Double, params[0]);
+  shards.run(OrthogradStep::residuals, params[0], &sums, &residuals);
+  return residuals;
+}
+
+void update_shards_(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor sums, Tensor residuals) {
+  Pairs shards = shards_of(params, grads);
+  check_numbers(sums, "sums", 3 * shards.count(), params[0]);
+  check_numbers(residuals, "residuals", shards.count(), params[0]);
+  shards.run(OrthogradStep::update, params[0], &sums, &residuals);
+  shards.write_back();
 }
 
 }  // namespace
 
 PYREG_IMPLEMENT(PYREG_LIBRARY, PYREG_DISPATCH_KEY, library) {
   library.impl("orthogonalize_gradients_", TORCH_BOX(&orthogonalize_gradients_));
+  library.impl("orthograd_sums", TORCH_BOX(&sums_of_shards));
+  library.impl("orthograd_residuals", TORCH_BOX(&residuals_of_shards));
+  library.impl("orthograd_update_", TORCH_BOX(&update_shards_));
 }
 
 }  // namespace pyreg

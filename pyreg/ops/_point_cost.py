@@ -81,10 +81,15 @@ class PointCost:
         return variance.sqrt()
 
     def range(self) -> Tensor:
-        """Of costs, ``[B]``, float64: a bound, from boxes and balls that hold all x and all y."""
+        """Of costs, ``[B]``, float64: a bound."""
+        least, most = self.bounds()
+        return most - least
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Between which costs are, ``[B]``, float64: from boxes and balls that hold all x and all y."""
         x, y = (points.detach().double() for points in self.points)
         if self._cost == "cosine":
-            return x.new_full(x.shape[:1], 2)
+            return x.new_zeros(x.shape[:1]), x.new_full(x.shape[:1], 2)
         (x_least, x_most, x_centre, x_radius), (y_least, y_most, y_centre, y_radius) = (
             _bounds(entries, points) for entries, points in ((self._problems.rows, x), (self._problems.columns, y))
         )
@@ -93,7 +98,7 @@ class PointCost:
         centres, radii = torch.linalg.vector_norm(x_centre - y_centre, dim=1), x_radius + y_radius
         least = torch.maximum(torch.linalg.vector_norm(apart, dim=1), centres - radii)
         most = torch.minimum(torch.linalg.vector_norm(across, dim=1), centres + radii)
-        return most - least if self._cost == "euclidean" else most.square() - least.square()
+        return (least, most) if self._cost == "euclidean" else (least.square(), most.square())
 
     def check(self, operator: str, a: Tensor, b: Tensor, rho_a: Tensor | None, rho_b: Tensor | None) -> None:
         """An error for points so far apart that their costs overflow; where values may be read."""

@@ -9,6 +9,7 @@ one pass over the plan (:mod:`pyreg.ops._point_plan`).
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -72,11 +73,11 @@ def _found(
         *(epsilon_factor, is_counting, max_iter, tol, initial),
     )
     rows, columns = _potentials.sides(a, b, with_a, with_b, rho_a, rho_b, epsilon, is_counting)
-    f = _without_weights((x, y), point_cost, rows, with_b, row_padding)
-    return f, _without_weights((y, x), point_cost, columns, with_a, column_padding), error, iterations
+    f = without_weights((x, y), point_cost, rows, with_b, row_padding)
+    return f, without_weights((y, x), point_cost, columns, with_a, column_padding), error, iterations
 
 
-def _without_weights(points: Points, point_cost: int, side: Side, others: Tensor, padding: Tensor | None) -> Tensor:
+def without_weights(points: Points, point_cost: int, side: Side, others: Tensor, padding: Tensor | None) -> Tensor:
     is_unknown = side.potentials == -torch.inf
     if padding is not None:
         is_unknown = is_unknown & ~padding
@@ -221,17 +222,37 @@ def _setup_value(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _value_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, y, a, b, f, g, rho_a, rho_b, epsilon = ctx.saved_tensors
     row, column = _potentials.sides(a, b, f, g, rho_a, rho_b, epsilon, ctx.is_counting)
-    need_x, need_y, need_a, need_b, *_ = ctx.needs_input_grad
-    by_x = by_y = None
-    if need_x or need_y:
-        u = (gradient.unsqueeze(1) * row.factors).unsqueeze(2).to(x.dtype)
-        z = column.factors.unsqueeze(2).to(x.dtype)
+    needs = Needs(*ctx.needs_input_grad[:4])
+    return *value_gradients((x, y), row, column, ctx.point_cost, gradient, needs), *(None,) * 7
+
+
+def value_gradients(
+    points: Points,
+    row: Side,
+    column: Side,
+    point_cost: int,
+    gradient: Tensor,
+    needs: Needs,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """By x, y, a and b; ``over_ranks`` sums what there is of rows in several processes."""
+    dtype = points[0].dtype
+    by_x = by_y = grad_a = grad_b = None
+    if needs.x or needs.y:
+        u = (gradient.unsqueeze(1) * row.factors).unsqueeze(2).to(dtype)
+        z = column.factors.unsqueeze(2).to(dtype)
         extended = row.extended, column.extended
-        _, _, *pulls = point_plan((x, y), extended, row.epsilon, ctx.point_cost, u, z, by_x=need_x, by_y=need_y)
-        by_x, by_y = (pull if is_needed else None for pull, is_needed in zip(pulls, (need_x, need_y), strict=True))
-    grad_a = gradient.unsqueeze(1) * _potentials.by_weight(row, column) if need_a else None
-    grad_b = gradient.unsqueeze(1) * _potentials.by_weight(column, row) if need_b else None
-    return by_x, by_y, grad_a, grad_b, *(None,) * 7
+        _, _, *pulls = point_plan(points, extended, row.epsilon, point_cost, u, z, by_x=needs.x, by_y=needs.y)
+        by_x, by_y = (pull if is_needed else None for pull, is_needed in zip(pulls, needs[:2], strict=True))
+        if by_y is not None and over_ranks is not None:
+            by_y = over_ranks(by_y)
+    if needs.a:
+        grad_a = gradient.unsqueeze(1) * _potentials.by_weight(row, column.weights.sum(1))
+    if needs.b:
+        mass = row.weights.sum(1)
+        mass = mass if over_ranks is None else over_ranks(mass)
+        grad_b = gradient.unsqueeze(1) * _potentials.by_weight(column, mass)
+    return by_x, by_y, grad_a, grad_b
 
 
 @_library.fake("sinkhorn_points_value")

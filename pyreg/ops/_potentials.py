@@ -29,7 +29,7 @@ where p and q solve the adjoint equations of :mod:`pyreg.ops._adjoint`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -344,13 +344,15 @@ potentials = _library.differentiable(
 # ---- value ----
 
 
-def dual_value(row: Side, column: Side) -> Tensor:
-    """The dual, where the columns' potentials are the last to have been brought up to date: their marginal is known."""
+def dual_value(row: Side, column: Side, over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The dual, where the columns' potentials are the last to have been brought up to date: their marginal is known.
+    ``over_ranks`` sums what there is of rows in several processes."""
+    over_ranks = over_ranks or (lambda numbers: numbers)
     of_columns = column.weights.sum(1)
     mass = of_columns if column.rho is None else column.sum(column.kept)
     if not row.is_counting:
-        mass = mass - row.weights.sum(1) * of_columns
-    return row.sum(row.penalised) + column.sum(column.penalised) - row.epsilon * mass
+        mass = mass - over_ranks(row.weights.sum(1)) * of_columns
+    return over_ranks(row.sum(row.penalised)) + column.sum(column.penalised) - row.epsilon * mass
 
 
 def _value(
@@ -381,17 +383,16 @@ def _value_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     grad_cost = None
     if by_cost:
         grad_cost = plan(cost, row, column) * gradient.view(-1, 1, 1).to(cost.dtype)
-    grad_a = gradient.unsqueeze(1) * by_weight(row, column) if by_a else None
-    grad_b = gradient.unsqueeze(1) * by_weight(column, row) if by_b else None
+    grad_a = gradient.unsqueeze(1) * by_weight(row, column.weights.sum(1)) if by_a else None
+    grad_b = gradient.unsqueeze(1) * by_weight(column, row.weights.sum(1)) if by_b else None
     return grad_cost, grad_a, grad_b, None, None, None, None, None, None
 
 
-def by_weight(side: Side, other: Side) -> Tensor:
-    """``phi(f_i)``, and for "product" ``- eps (sum_j P_ij / a_i - sum_j b_j)``."""
+def by_weight(side: Side, others: Tensor) -> Tensor:
+    """``phi(f_i)``, and for "product" ``- eps (sum_j P_ij / a_i - sum_j b_j)``; ``others [B]`` is the last sum."""
     if side.is_counting:
         return side.penalised
-    others = other.weights.sum(1, keepdim=True)
-    return side.penalised - side.epsilon.unsqueeze(1) * (side.kept - others)
+    return side.penalised - side.epsilon.unsqueeze(1) * (side.kept - others.unsqueeze(1))
 
 
 @_library.fake("sinkhorn_value")

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Entries:
@@ -35,6 +38,14 @@ class Entries:
     def uniform(self, like: Tensor) -> Tensor:
         """Weights of 1 / n, ``[B, n]``, float64."""
         return like.new_full((math.prod(self.shape[:-1]), self.count), 1 / self.count, dtype=torch.float64)
+
+    def over_ranks(self, numbers: Tensor) -> Tensor:
+        """Sums over what other processes have of these entries; of constants."""
+        return numbers
+
+    def agree(self, check: Callable[[], T]) -> T:
+        """What a check of arguments returns, unless it raises, here or in another process."""
+        return check()
 
     def __str__(self) -> str:
         return str(self.count)

@@ -1,4 +1,4 @@
-"""Rows of all ranks of a process group, for losses of the global batch."""
+"""Ranks of a process group that have one loss together; rows of all of them, for losses of the global batch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from pyreg.ops import _library
 
 
-def process_group(operator: str, group: Any, features: Tensor) -> dist.ProcessGroup | None:
-    """The group whose rows are to be gathered: the argument itself, the default group for True, or None where there is
-    nothing to gather."""
+def process_group(operator: str, group: Any, features: Tensor, traces: bool = False) -> dist.ProcessGroup | None:
+    """The group whose ranks share the work: the argument itself, the default group for True, or None where there is
+    one rank. ``traces``: nothing that is exchanged has to be known while tracing."""
     if group is None or group is False:
         return None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not traces:
         raise NotImplementedError(
             f"{operator}: group is not for torch.compile, since ranks exchange their numbers of rows; call the loss "
             "outside of the compiled function"
@@ -66,7 +66,7 @@ class Ranks:
         first = next(tensor for tensor in tensors.values() if tensor is not None)
         own = torch.tensor([len(first), *(code for tensor in tensors.values() for code in _layout(tensor))])
         own = own.to(first.device)
-        self.sizes, *layouts = torch.stack(_all_gather(own, group)).t().tolist()
+        self.sizes, *layouts = torch.stack(all_gather(own, group)).t().tolist()
         for name, lengths, dtypes in zip(tensors, layouts[::2], layouts[1::2], strict=True):
             if len(set(lengths)) > 1 or len(set(dtypes)) > 1:
                 found = [
@@ -97,11 +97,11 @@ class Ranks:
         if len(rows) < largest:  # collectives move as much from every rank
             padded = rows.new_zeros(largest, *rows.shape[1:])
             padded[: len(rows)] = rows
-        everyone = zip(_all_gather(padded, self._group), self.sizes, strict=True)
+        everyone = zip(all_gather(padded, self._group), self.sizes, strict=True)
         return torch.cat([part[:size] for part, size in everyone])
 
 
-def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     """The tensors, of one shape, of all ranks."""
     tensor = tensor.contiguous()
     everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]

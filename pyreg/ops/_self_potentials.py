@@ -97,7 +97,7 @@ def _value_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         potentials = side.extended, side.extended
         _, _, by_x, _ = point_plan((x, x), potentials, epsilon, ctx.point_cost, u, z, by_x=True)
     if need_a:
-        by_a = 2 * gradient.unsqueeze(1) * _potentials.by_weight(side, side)
+        by_a = 2 * gradient.unsqueeze(1) * _potentials.by_weight(side, side.weights.sum(1))
     return by_x, by_a, None, None, None, None
 
 

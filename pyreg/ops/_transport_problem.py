@@ -65,14 +65,21 @@ def solve_sides(
     is_counting = _check_reference(operator, options.reference)
     max_iter, tol = _check_iterations(operator, options.max_iter, options.tol)
     arguments = _Arguments(operator, like, name)
-    a = arguments.weights("a", options.a, problems.rows)
-    b = arguments.weights("b", options.b, problems.columns)
-    rho_a = arguments.rho("rho_a", options.rho_a, problems.rows)
-    rho_b = arguments.rho("rho_b", options.rho_b, problems.columns)
-    must_hold = _both_must_hold(a, rho_a, rho_b)
+
+    def weights_and_penalties() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        a = arguments.weights("a", options.a, problems.rows)
+        b = arguments.weights("b", options.b, problems.columns)
+        rho_a = arguments.rho("rho_a", options.rho_a, problems.rows)
+        rho_b = arguments.rho("rho_b", options.rho_b, problems.columns)
+        cost.check(operator, a, b, rho_a, rho_b)
+        return a, b, rho_a, rho_b
+
+    a, b, rho_a, rho_b = problems.rows.agree(weights_and_penalties)
+    masses = problems.rows.over_ranks(a.detach().sum(1)), b.detach().sum(1)
+    must_hold = _both_must_hold(problems, rho_a, rho_b, masses[0])
     if options.a is not None or options.b is not None:
-        b = _of_equal_mass(operator, a, b, must_hold, like.dtype)
-    cost.check(operator, a, b, rho_a, rho_b)
+        _check_masses(operator, options, masses)
+        b = b * _equal_mass(operator, masses, must_hold, like.dtype)
     epsilon = arguments.epsilon(options.epsilon, options.relative_epsilon, cost, problems.shape)
     first, factor = _first_epsilon(operator, options.epsilon_scaling, cost, epsilon)
     start = _start(operator, options.init, problems, is_counting, b, epsilon, first)
@@ -81,7 +88,9 @@ def solve_sides(
         *(a, b, rho_a, rho_b, epsilon, first, factor, is_counting, max_iter, tol, start)
     )
     row, column = Side(f, a, rho_a, epsilon, is_counting), Side(g, b, rho_b, epsilon, is_counting)
-    shift = torch.where(must_hold, (row.sum(f) - column.sum(g)) / (a.sum(1) + b.sum(1)), 0).unsqueeze(1)
+    over_ranks = problems.rows.over_ranks
+    apart, mass = over_ranks(row.sum(f)) - column.sum(g), over_ranks(a.sum(1)) + b.sum(1)
+    shift = torch.where(must_hold, apart / mass, 0).unsqueeze(1)
     row, column = row._replace(potentials=f - shift), column._replace(potentials=g + shift)
     return row, column, Progress(error, iterations, tol, max_iter)
 
@@ -108,8 +117,6 @@ class _Arguments:
             )
         result = self._expanded(name, weights, entries, 0)
         _checks.check_weights(self._operator, name, weights)
-        if _checks.reads_values(weights) and weights.numel() > 0 and not bool(result.any(1).all()):
-            raise ValueError(f"{self._operator}: expected {name} with a weight above 0 in every problem, got all 0")
         return result
 
     def rho(self, name: str, rho: Number | None, entries: Entries) -> Tensor | None:
@@ -192,18 +199,25 @@ def _check_iterations(operator: str, max_iter: int, tol: float) -> tuple[int, fl
     return max_iter, _checks.check_number(operator, "tol", tol, 0, or_equal=True)
 
 
-def _both_must_hold(a: Tensor, rho_a: Tensor | None, rho_b: Tensor | None) -> Tensor:
+def _both_must_hold(problems: Problems, rho_a: Tensor | None, rho_b: Tensor | None, like: Tensor) -> Tensor:
     """``[B]``: which problems have no finite penalty."""
-    result = torch.ones(a.shape[0], dtype=torch.bool, device=a.device)
-    for rho in (rho_a, rho_b):
-        if rho is not None:
-            result = result & (rho == torch.inf).all(1)
-    return result
+    finite = torch.zeros_like(like)
+    if rho_a is not None:
+        finite = finite + (rho_a != torch.inf).sum(1)
+    finite = problems.rows.over_ranks(finite)
+    if rho_b is not None:
+        finite = finite + (rho_b != torch.inf).sum(1)
+    return finite == 0
 
 
-def _of_equal_mass(operator: str, a: Tensor, b: Tensor, must_hold: Tensor, dtype: torch.dtype) -> Tensor:
-    """b, of a's sum where both marginals must hold."""
-    masses = a.detach().sum(1), b.detach().sum(1)
+def _check_masses(operator: str, options: Options, masses: tuple[Tensor, Tensor]) -> None:
+    for name, given, mass in zip("ab", options[:2], masses, strict=True):
+        if given is not None and _checks.reads_values(mass) and not bool((mass > 0).all()):
+            raise ValueError(f"{operator}: expected {name} with a weight above 0 in every problem, got all 0")
+
+
+def _equal_mass(operator: str, masses: tuple[Tensor, Tensor], must_hold: Tensor, dtype: torch.dtype) -> Tensor:
+    """What b is multiplied by to have a's sum where both marginals must hold, ``[B, 1]``."""
     if _checks.reads_values(masses[0]):
         apart = must_hold & ((masses[0] - masses[1]).abs() > _MASS_TOLERANCE[dtype] * masses[0])
         if bool(apart.any()):
@@ -212,7 +226,7 @@ def _of_equal_mass(operator: str, a: Tensor, b: Tensor, must_hold: Tensor, dtype
                 f"{operator}: expected a and b of equal sums where both marginals must hold, got {of_a:.8g} and "
                 f"{of_b:.8g}; divide them by their sums, or give rho_a or rho_b"
             )
-    return b * torch.where(must_hold, masses[0] / masses[1], 1).unsqueeze(1)
+    return torch.where(must_hold, masses[0] / masses[1], 1).unsqueeze(1)
 
 
 def _first_epsilon(

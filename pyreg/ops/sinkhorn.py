@@ -11,15 +11,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 
-from pyreg.ops import _checks, _library, _pairwise_cost
+from pyreg.ops import _checks, _library, _pairwise_cost, _ranks
 from pyreg.ops._dense_cost import DenseCost
 from pyreg.ops._options import CostName, Reference
 from pyreg.ops._point_cost import PointCost
+from pyreg.ops._point_shards import ShardedEntries, ShardedPointCost
 from pyreg.ops._problems import Entries, Problems, RaggedEntries
 from pyreg.ops._transport import Transport
-from pyreg.ops._transport_problem import Number, Options, Start, solve
+from pyreg.ops._transport_problem import Number, Options, Start, solve, solve_sides
 
 Offsets = Tensor | Sequence[int]
 Cost = CostName | Callable[[Tensor, Tensor], Tensor]
@@ -141,6 +143,7 @@ def sinkhorn_points(
     x_offsets: Offsets | None = None,
     y_offsets: Offsets | None = None,
     streaming: bool | None = None,
+    group: dist.ProcessGroup | bool | None = None,
 ) -> Transport:
     r"""Entropic optimal transport between point clouds: :func:`sinkhorn` under a cost of their points.
 
@@ -168,14 +171,21 @@ def sinkhorn_points(
             needs O((n + m) d) memory in any case, but for ``Transport.plan()``.
         epsilon, relative_epsilon, rho_a, rho_b, reference, max_iter, tol, epsilon_scaling, init: as of
             :func:`sinkhorn`.
+        group: a process group of :mod:`torch.distributed`, or True for the default one, whose ranks share the rows:
+            ``x``, ``a`` and ``rho_a`` are this rank's, of any number above 0, everything else is the same on every
+            rank. The problem is that of all rows together. Ranks exchange m numbers an iteration; the matrix is formed
+            anew in each.
 
     Returns:
-        :class:`~pyreg.transport.Transport`; its ``barycentric_map()`` needs no points, its ``map()`` takes new ones.
+        :class:`~pyreg.transport.Transport`; its ``barycentric_map()`` needs no points, its ``map()`` takes new ones. Of
+        ``group`` what goes with rows is that of this rank's rows, and everything else that of all rows: all ranks have
+        to ask for ``marginals``, ``apply_transpose()`` and ``transport_cost()`` together.
 
     Gradient:
         With respect to ``x``, ``y``, ``a`` and ``b``, to any order, as of :func:`sinkhorn`:
         ``dvalue/dx_i = sum_j P_ij dC_ij/dx_i``. That of ``"euclidean"`` is 0 where two points meet, that of
-        ``"cosine"`` at 0.
+        ``"cosine"`` at 0. Of ``group`` only ``value`` has one, of first order, on the condition that every rank has the
+        same upstream gradient: that of ``y`` and ``b`` then is the whole one on every rank.
 
     Raises:
         ValueError, TypeError: as of :func:`sinkhorn`; dimensions of points that differ or are 0, clouds without points,
@@ -192,12 +202,48 @@ def sinkhorn_points(
         >>> pyreg.functional.sinkhorn_points(x, y, epsilon=0.1).value.backward()
     """
     operator = "sinkhorn_points"
+    options = Options(*(a, b, epsilon, relative_epsilon, rho_a, rho_b, reference, max_iter, tol, epsilon_scaling, init))
+    if group is not None:
+        _library.check_float(operator, "x", x)
+        members = _ranks.process_group(operator, group, x)
+        if members is not None:
+            _check_shared(operator, cost, streaming, x_offsets, y_offsets)
+            return _solve_together(operator, x, y, cost, options, members)
     check_cost(operator, cost, streaming, x_offsets, y_offsets)
     check_points(operator, x, y)
     problems = problems_of_points(operator, x, y, x_offsets, y_offsets)
-    options = Options(*(a, b, epsilon, relative_epsilon, rho_a, rho_b, reference, max_iter, tol, epsilon_scaling, init))
     between = cost_between(operator, computed(x), computed(y), cost, problems, streaming)
     return solve(operator, between, problems, options, x, "x", problems.columns.inside(computed(y)))
+
+
+def _check_shared(
+    operator: str, cost: Cost, streaming: bool | None, x_offsets: Offsets | None, y_offsets: Offsets | None
+) -> None:
+    """What cannot be had with group; arguments that are the same on every rank."""
+    check_cost(operator, cost, streaming, x_offsets, y_offsets)
+    if callable(cost):
+        raise ValueError(
+            f"{operator}: expected cost to be 'sqeuclidean', 'euclidean' or 'cosine' with group, got a function"
+        )
+    for name, given in (("x_offsets", x_offsets), ("y_offsets", y_offsets)):
+        if given is not None:
+            raise ValueError(f"{operator}: expected no {name} with group; pad problems with points of weight 0")
+    if streaming is False:
+        raise ValueError(f"{operator}: expected streaming=True or None with group, got False; no matrix is held there")
+
+
+def _solve_together(
+    operator: str, x: Tensor, y: Tensor, cost: Cost, options: Options, group: dist.ProcessGroup
+) -> Transport:
+    """Of rows that the ranks of a group share."""
+    rows = ShardedEntries(operator, tuple(x.shape[:-1]), group, x.device)
+    rows.agree(lambda: check_points(operator, x, y))
+    problems = Problems(tuple(x.shape[:-2]), rows, Entries(tuple(y.shape[:-1])))
+    rows.check_alike(problems, x.shape[-1], x.dtype)
+    points = rows.inside(computed(x)), problems.columns.inside(computed(y))
+    between = ShardedPointCost(operator, *points, str(cost), problems)
+    row, column, progress = solve_sides(operator, between, problems, options, x, "x")
+    return Transport(operator, between, *between.guarded(row, column), progress, problems, points[1])
 
 
 # ---- arguments ----

@@ -9,9 +9,10 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from pyreg.ops import _classes, _library
+from pyreg.ops import _class_shards, _classes, _library
 from pyreg.ops.scale_rows import scale_rows_
 from pyreg.reference import stablemax as reference
 
@@ -91,6 +92,9 @@ def stablemax_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    group: dist.ProcessGroup | bool | None = None,
+    num_classes: int | None = None,
 ) -> Tensor:
     r"""Cross-entropy under StableMax, in place of :func:`torch.nn.functional.cross_entropy`.
 
@@ -109,6 +113,13 @@ def stablemax_cross_entropy(
         ignore_index: a class index whose rows add nothing to loss and gradient. Class indices only.
         reduction: ``"mean"`` (over the weights of the targets), ``"sum"`` or ``"none"``.
         label_smoothing: in ``[0, 1]``.
+        group: a process group of :mod:`torch.distributed`, or True for the default one, whose ranks hold slices of the
+            class dimension one after another, as tensor-parallel language models do: ``input`` and ``weight`` are this
+            rank's slice, ``target`` holds indices among all classes and is the same on every rank. Ranks exchange three
+            numbers a row, no logits; all get the loss, and the gradient of their own slice for their own upstream
+            gradient, which has to be the same on every rank.
+        num_classes: with ``group`` the number of all classes; slices then are those of :func:`torch.chunk`, the last of
+            them shorter or empty. By default every rank has as many as this one.
 
     Returns:
         The loss, ``[]``, or the target's shape for ``"none"``; of the input's dtype, float32 for 16-bit logits under
@@ -117,7 +128,8 @@ def stablemax_cross_entropy(
     Gradient:
         ``dL/dx_j = (sum_k q_k) s'(x_j) / S - q_j / (1 + |x_j|)`` with respect to ``input`` and, for probabilities,
         ``target``, to any order; the first order is fused. Under ``create_graph`` all orders are plain expressions,
-        which lose digits where one class dominates. ``weight`` has none.
+        which lose digits where one class dominates. ``weight`` has none. With ``group`` there is the first order alone,
+        and class indices alone.
         For large logits that need a gradient it is formed together with the loss, in one pass over memory: evaluate
         under :class:`torch.no_grad`, as always, to have the loss alone.
 
@@ -135,8 +147,13 @@ def stablemax_cross_entropy(
         >>> loss.detach(), logits.grad  # log 1.5, and 1 / 3 - 1 / 2 and 1 / 3
         (tensor(0.4055), tensor([[-0.1667,  0.3333]]))
     """
-    return _cross_entropy(
-        "stablemax_cross_entropy", input, target, weight, ignore_index, reduction, label_smoothing, in_place=False
+    if group is None and num_classes is None:
+        return _cross_entropy(
+            "stablemax_cross_entropy", input, target, weight, ignore_index, reduction, label_smoothing, in_place=False
+        )
+    return _sharded_cross_entropy(
+        *("stablemax_cross_entropy", input, target, weight, ignore_index, reduction, label_smoothing),
+        *(group, num_classes),
     )
 
 
@@ -254,6 +271,44 @@ def _cross_entropy(
     return loss  # type: ignore[no-any-return]
 
 
+def _sharded_cross_entropy(
+    operator: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    group: dist.ProcessGroup | bool | None,
+    num_classes: int | None,
+) -> Tensor:
+    _library.check_float(operator, "input", input)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{operator}: expected target to be a tensor, got {type(target).__name__}")
+    if group is None or group is False:
+        raise ValueError(f"{operator}: num_classes goes with group, whose ranks share the classes; got group={group!r}")
+    shard = _class_shards.shard(operator, group, num_classes, input, _class_count(input)) if input.dim() > 0 else None
+    if shard is None:
+        return _cross_entropy(operator, input, target, weight, ignore_index, reduction, label_smoothing, in_place=False)
+    code = _library.reduction_code(operator, reduction)
+    smoothing = _classes.check_smoothing(operator, label_smoothing)
+    if target.shape == input.shape and target.is_floating_point():
+        raise ValueError(
+            f"{operator}: expected class indices in target with group, got {target.dtype} of input's shape; "
+            "probabilities need all classes in one place"
+        )
+    _check_labels_of(operator, input, target)
+    if weight is not None:
+        weight = _classes.check_weight(operator, weight, shard.own, input)
+    target = target if target.dtype == torch.int64 else target.long()
+    if input.is_cuda and _library.checks_values():
+        _classes.check_labels(operator, target, shard.classes, ignore_index)
+    rows, row_target = _as_rows(input, target, labels=True)
+    options = code, ignore_index, smoothing, _autocast_dtype(input), shard.first, shard.classes, shard.group
+    loss: Tensor = _class_shards.cross_entropy(rows, row_target, weight, *options)[0]
+    return loss.reshape(target.shape) if code == 0 else loss
+
+
 def _class_count(input: Tensor) -> int:
     return input.shape[min(input.dim() - 1, 1)]
 
@@ -264,13 +319,7 @@ def _without_classes(input: Tensor) -> tuple[int, ...]:
 
 def _check_target(operator: str, input: Tensor, target: Tensor, ignore_index: int) -> bool:
     """Whether the target holds class indices; errors where it fits neither form."""
-    if target.device != input.device:
-        raise ValueError(
-            f"{operator}: expected target on input's device {input.device}, got {target.device}; "
-            f"move it with target.to(input.device)"
-        )
-    if input.dim() == 0:
-        raise ValueError(f"{operator}: expected input of shape [C], [N, C] or [N, C, d1, ..., dk], got a 0-d tensor")
+    _check_beside(operator, input, target)
     if input.shape[min(input.dim() - 1, 1)] == 0 and math.prod(_without_classes(input)) > 0:
         raise ValueError(f"{operator}: expected at least one class, got input {_library.shape_text(input)}")
     if target.shape == input.shape:
@@ -282,6 +331,22 @@ def _check_target(operator: str, input: Tensor, target: Tensor, ignore_index: in
             )
         _classes.check_nothing_ignored(operator, ignore_index)
         return False
+    _check_labels_of(operator, input, target)
+    return True
+
+
+def _check_beside(operator: str, input: Tensor, target: Tensor) -> None:
+    if target.device != input.device:
+        raise ValueError(
+            f"{operator}: expected target on input's device {input.device}, got {target.device}; "
+            f"move it with target.to(input.device)"
+        )
+    if input.dim() == 0:
+        raise ValueError(f"{operator}: expected input of shape [C], [N, C] or [N, C, d1, ..., dk], got a 0-d tensor")
+
+
+def _check_labels_of(operator: str, input: Tensor, target: Tensor) -> None:
+    _check_beside(operator, input, target)
     expected = _without_classes(input)
     if target.shape != expected:
         form = "[C]" if input.dim() == 1 else "[N, C]" if input.dim() == 2 else "[N, C, d1, ..., dk]"
@@ -290,7 +355,6 @@ def _check_target(operator: str, input: Tensor, target: Tensor, ignore_index: in
             f"(probabilities) for input {form} = {list(input.shape)}, got {list(target.shape)}"
         )
     _classes.check_label_dtype(operator, target)
-    return True
 
 
 def _belongs_to_leaf(input: Tensor) -> bool:
