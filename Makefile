@@ -64,7 +64,7 @@ native := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 # Where ARGS choose tests, a lane may have none of them: pytest's status 5.
 maybe_none := $(if $(ARGS),|| [ $$? -eq 5 ])
 
-.PHONY: help test demo bench docs wheel cuda gpu lint format env clean FORCE
+.PHONY: help test demo bench tables docs wheel cuda gpu lint format env clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
@@ -77,8 +77,12 @@ test: .venv/pyreg ## every test: CPU kernels, then Triton kernels interpreted an
 demo: .venv/pyreg ## run the examples with the fused operators; EXAMPLE=compander for one of them
 	for example in $(EXAMPLE); do $(python) examples/$$example.py $(ARGS); done
 
-bench: .venv/pyreg ## time every operator beside its rivals and its floor; ARGS=--quick
+bench: .venv/pyreg ## time every operator beside its rivals and its floor, 15 minutes; ARGS=--quick, 3 minutes
 	$(python) -m bench $(ARGS)
+
+RESULTS ?=
+tables: .venv/pyreg ## fill the tables of README.md and docs from RESULTS="bench/results/A.csv B.csv", or those they name
+	$(python) -m bench.markdown $(RESULTS) README.md $$(find docs -name '*.md')
 
 docs: .venv/pyreg ## build/docs/index.html, the documentation
 	$(python) -m sphinx -W --keep-going -q $(ARGS) docs build/docs

@@ -1,9 +1,10 @@
 """Measures every operator beside what a user would run instead, and beside the floor of the machine.
 
-    python -m bench [--quick] [--device cpu|cuda|auto] [OPERATOR ...]      one interleaved run, one table, rows of CSV
+    python -m bench [--quick] [--device cpu|cuda|auto] [OPERATOR ...]      one interleaved run, rows of CSV, one page
     pytest bench/                                                          the same workloads under pytest-benchmark
 
-A new operator is one `bench_<op>.py` with a function `workloads(device, smoke)`, and its lines in `targets.toml`.
+A new operator is one `bench_<op>.py` with functions `workloads(device, smoke)` and `sweeps(device)`, and its lines in
+`targets.toml`.
 """
 
 import os

@@ -18,6 +18,7 @@ from torch import Tensor
 import pyreg.functional
 
 from .harness import FLOOR, OURS, Call, Contender, Inputs, Workload, compiled_step, step
+from .sweep import Sweep, doubling, only
 
 OPERATOR = "conr"
 
@@ -139,6 +140,12 @@ def _workload(device: str, smoke: bool, name: str, dtype: torch.dtype, contender
 
     # The network has just computed the features: they are where it left them.
     return Workload(OPERATOR, name, str(dtype).removeprefix("torch."), device, make_inputs, contenders, cached=True)
+
+
+def sweeps(device: str) -> list[Sweep]:
+    both = only(CONTENDERS, OURS, "eager formula")
+    make = lambda n: _workload(device, False, f"{n}x512", torch.float32, both)  # noqa: E731
+    return [Sweep(OPERATOR, "N, of N x 512", doubling(256, 8192), make)]
 
 
 def test_speed(measure: Callable[[], None]) -> None:

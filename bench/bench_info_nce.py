@@ -17,6 +17,7 @@ from torch import Tensor
 import pyreg.functional
 
 from .harness import FLOOR, OURS, Call, Contender, Inputs, Workload, compiled_step, step
+from .sweep import Sweep, doubling, only
 
 OPERATOR = "info_nce"
 
@@ -82,10 +83,21 @@ CONTENDERS = [
     Contender(OURS, step(fused)),
     Contender("F.cross_entropy", step(cross_entropy)),
     Contender("compiled F.cross_entropy", compiled_step(cross_entropy), slow=True),
-    *([Contender(SUPCON, step(library("SupConLoss")), slow=True)] if HAS_LIBRARY else []),
+    *(
+        [Contender(SUPCON, step(library("SupConLoss")), slow=True, imports="pytorch_metric_learning.losses")]
+        if HAS_LIBRARY
+        else []
+    ),
     Contender(FLOOR, products),
 ]
-SMALL = [*CONTENDERS, *([Contender(NTXENT, step(library("NTXentLoss")))] if HAS_LIBRARY else [])]
+SMALL = [
+    *CONTENDERS,
+    *(
+        [Contender(NTXENT, step(library("NTXentLoss")), imports="pytorch_metric_learning.losses")]
+        if HAS_LIBRARY
+        else []
+    ),
+]
 SYMMETRIC = [
     Contender(OURS, step(fused_symmetric)),
     Contender("CLIP formula", step(clip)),
@@ -114,6 +126,12 @@ def _workload(device: str, smoke: bool, name: str, contenders: list[Contender]) 
 
     # The network has just computed both: they are where it left them.
     return Workload(OPERATOR, name, "float32", device, make_inputs, contenders, cached=True)
+
+
+def sweeps(device: str) -> list[Sweep]:
+    both = only(CONTENDERS, OURS, "F.cross_entropy")
+    make = lambda n: _workload(device, False, f"{n}x256", both)  # noqa: E731
+    return [Sweep(OPERATOR, "N, of N x 256", doubling(256, 8192), make)]
 
 
 def test_speed(measure: Callable[[], None]) -> None:

@@ -17,6 +17,7 @@ import pyreg.functional
 
 from .bench_stablemax import formula_fp32
 from .harness import FLOOR, OURS, Call, Contender, Workload, compiled_step, step
+from .sweep import Sweep, doubling, only
 
 OPERATOR = "linear_stablemax_cross_entropy"
 
@@ -65,7 +66,11 @@ CONTENDERS = [
 ]
 if not hasattr(F, "linear_cross_entropy"):  # torch < 2.13
     CONTENDERS = [contender for contender in CONTENDERS if not contender.name.startswith("F.")]
-LIGER = [Contender("Liger", step(liger_softmax))] if importlib.util.find_spec("liger_kernel") else []
+LIGER = (
+    [Contender("Liger", step(liger_softmax), imports="liger_kernel.transformers.functional")]
+    if importlib.util.find_spec("liger_kernel")
+    else []
+)
 
 
 def workloads(device: str, smoke: bool = False) -> list[Workload]:
@@ -87,6 +92,12 @@ def _workload(
 
     name, dtype_name = f"{rows}x{features}->{classes}", str(dtype).removeprefix("torch.")
     return Workload(OPERATOR, name, dtype_name, device, make_inputs, contenders)
+
+
+def sweeps(device: str) -> list[Sweep]:
+    both = only(CONTENDERS, OURS, "logits + ours")
+    make = lambda v: _workload(device, False, 1024, 256, v, torch.float32, both)  # noqa: E731
+    return [Sweep(OPERATOR, "V, of 1024 x 256 -> V", doubling(1000, 64000), make)]
 
 
 def test_speed(measure: Callable[[], None]) -> None:

@@ -21,6 +21,7 @@ import pyreg.functional
 
 from . import floor, ott_jax
 from .harness import FLOOR, OURS, Call, Contender, Inputs, Workload, compiled
+from .sweep import Sweep, doubling, only
 
 OPERATOR = "monge_gap"
 
@@ -105,7 +106,7 @@ def contenders(epsilon: float, iterations: int, smoke: bool) -> list[Contender]:
 
     found = [of(OURS, fused), of(EAGER, formula), of(COMPILED, compiled_formula, compiles=True)]
     if ott_jax.is_there() or not smoke:
-        found.append(Contender(OTT, by_ott))
+        found.append(Contender(OTT, by_ott, elsewhere=True))
     return [*found, Contender(FLOOR, least)]
 
 
@@ -113,17 +114,29 @@ def workloads(device: str, smoke: bool = False) -> list[Workload]:
     if device == "cuda":
         return []
     count, d, iterations = (32, 4, SMOKE_ITERATIONS) if smoke else (1024, 32, ITERATIONS)
+    return [_workload(count, d, contenders(_epsilon(d), iterations, smoke))]
 
+
+def _epsilon(d: int) -> float:
+    """|x - y|^2 of uniform coordinates has the mean 1 / 6."""
+    return SHARE_OF_MEAN * d * (1 / 6 + NOISE**2)
+
+
+def _workload(count: int, d: int, everyone: list[Contender]) -> Workload:
     def make_inputs(generator: torch.Generator) -> Inputs:
         source = torch.rand(count, d, generator=generator)
         mapped = source.roll(1, dims=1) + NOISE * torch.randn(count, d, generator=generator)
         return source.requires_grad_(), mapped.requires_grad_()
 
-    # |x - y|^2 of uniform coordinates has the mean 1 / 6.
-    epsilon = SHARE_OF_MEAN * d * (1 / 6 + NOISE**2)
     # An iteration finds the pairs where the one before it has left them.
-    everyone = contenders(epsilon, iterations, smoke)
-    return [Workload(OPERATOR, f"{count}x{d}", "float32", "cpu", make_inputs, everyone, cached=True)]
+    return Workload(OPERATOR, f"{count}x{d}", "float32", "cpu", make_inputs, everyone, cached=True, resident=True)
+
+
+def sweeps(device: str) -> list[Sweep]:
+    if device == "cuda":
+        return []
+    both = only(contenders(_epsilon(32), ITERATIONS, smoke=True), OURS, EAGER)
+    return [Sweep(OPERATOR, "n, of n x 32", doubling(128, 4096), lambda n: _workload(n, 32, both))]
 
 
 def test_speed(measure: Callable[[], None]) -> None:

@@ -11,9 +11,11 @@ import pyreg.optim
 
 from . import floor
 from .harness import FLOOR, OURS, Call, Contender, Workload, compiled
+from .sweep import Sweep, doubling, only
 
 OPERATOR = "orthograd"
 EPSILON = 1e-30
+LAYERS = 16  # of a sweep
 
 Parameters = list[Tensor]  # each with its .grad
 Projection = Callable[[list[Tensor], list[Tensor]], None]  # weights, gradients: writes the gradients
@@ -106,11 +108,14 @@ CONTENDERS = [
 
 def workloads(device: str, smoke: bool = False) -> list[Workload]:
     shapes = list(resnet50_shapes())[: 8 if smoke else None]
+    return [_workload(device, "ResNet-50", shapes, CONTENDERS)]
 
+
+def _workload(device: str, name: str, shapes: list[tuple[int, ...]], contenders: list[Contender]) -> Workload:
     def make_inputs(generator: torch.Generator) -> Parameters:
         return [_parameter(shape, generator, device) for shape in shapes]
 
-    return [Workload(OPERATOR, "ResNet-50", "float32", device, make_inputs, CONTENDERS)]
+    return Workload(OPERATOR, name, "float32", device, make_inputs, contenders)
 
 
 def _parameter(shape: tuple[int, ...], generator: torch.Generator, device: str) -> Tensor:
@@ -119,6 +124,15 @@ def _parameter(shape: tuple[int, ...], generator: torch.Generator, device: str) 
     param = torch.randn(shape, generator=generator, device=device).mul_(fan_in**-0.5).requires_grad_()
     param.grad = torch.randn(shape, generator=generator, device=device).mul_(1e-3)
     return param
+
+
+def sweeps(device: str) -> list[Sweep]:
+    both = only(CONTENDERS, OURS, "released formula")
+
+    def of(elements: int) -> Workload:
+        return _workload(device, f"{LAYERS} layers of {elements}", [(elements // LAYERS // 64, 64)] * LAYERS, both)
+
+    return [Sweep(OPERATOR, f"elements, in {LAYERS} layers", doubling(1 << 18, 1 << 25), of)]
 
 
 def test_speed(measure: Callable[[], None]) -> None:

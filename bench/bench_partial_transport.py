@@ -7,6 +7,7 @@ iteration; epsilon is the released 0.1, at which those exponentials are numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ import pyreg.functional
 
 from . import floor
 from .harness import FLOOR, OURS, Call, Contender, Inputs, Workload, compiled
+from .sweep import Sweep, doubling, only
 
 OPERATOR = "partial_transport"
 
@@ -22,7 +24,7 @@ MASS, EPSILON, GAMMA = 0.5, 0.1, 1.0
 ITERATIONS, SMOKE_ITERATIONS = 100, 3
 SEMANTIC_WEIGHT, SEMANTIC_STEPS, FEATURES = 0.5, 10, 128
 
-RELEASED, COMPILED, RELEASED_32 = "released fp64 formula", "compiled fp64 formula", "the same in fp32"
+RELEASED, COMPILED, RELEASED_32 = "released fp64 formula", "compiled fp64 formula", "released formula in fp32"
 
 
 def fused(logits: Tensor, iterations: int) -> Tensor:
@@ -158,6 +160,17 @@ def _semantic(n: int, k: int, smoke: bool) -> Workload:
     return Workload(
         OPERATOR, f"semantic {n}x{k}", "float32", "cpu", make_inputs, contenders, cached=True, resident=True
     )
+
+
+def sweeps(device: str) -> list[Sweep]:
+    if device == "cuda":
+        return []
+    return [Sweep(OPERATOR, "n, of n x 100", doubling(1000, 64000), _of_two)]
+
+
+def _of_two(n: int) -> Workload:
+    workload = _plain(n, 100, smoke=False)
+    return replace(workload, contenders=only(workload.contenders, OURS, RELEASED))
 
 
 def test_speed(measure: Callable[[], None]) -> None:

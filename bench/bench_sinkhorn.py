@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from pyreg.transport import ConvergenceWarning
 
 from . import floor, ott_jax
 from .harness import FLOOR, OURS, Call, Contender, Inputs, Workload, compiled
+from .sweep import Sweep, doubling, only
 
 OPERATOR = "sinkhorn"
 
@@ -97,7 +99,9 @@ def pot_batch(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
 Solver = Callable[[Tensor, float, int], Tensor]
 
 
-def contender(name: str, solve: Solver, epsilon: float, iterations: int, slow: bool = False) -> Contender:
+def contender(
+    name: str, solve: Solver, epsilon: float, iterations: int, slow: bool = False, imports: str = ""
+) -> Contender:
     def prepare(inputs: Inputs) -> Call:
         def call() -> Tensor:
             with torch.no_grad():
@@ -107,7 +111,7 @@ def contender(name: str, solve: Solver, epsilon: float, iterations: int, slow: b
             call()  # compiles
         return call
 
-    return Contender(name, prepare, slow=slow)
+    return Contender(name, prepare, slow=slow, imports=imports)
 
 
 def dense_contenders(epsilon: float, iterations: int, is_batch: bool, smoke: bool) -> list[Contender]:
@@ -123,16 +127,16 @@ def dense_contenders(epsilon: float, iterations: int, is_batch: bool, smoke: boo
     def by_ott(inputs: Inputs) -> Call:
         return ott_jax.solver(epsilon, iterations, cost=inputs[0])
 
-    def of(name: str, solve: Solver, slow: bool = False) -> Contender:
-        return contender(name, solve, epsilon, iterations, slow)
+    def of(name: str, solve: Solver, slow: bool = False, imports: str = "") -> Contender:
+        return contender(name, solve, epsilon, iterations, slow, imports)
 
     found = [of(OURS, fused), of("eager loop", loop), of("compiled loop", compiled_loop, slow=True)]
     if HAS_POT or not smoke:
-        found.append(of(POT, lambda *problem: pot(*problem, method="sinkhorn")))
-        found.append(of(POT_LOG, lambda *problem: pot(*problem, method="sinkhorn_log")))
-        found += [of(POT_BATCH, pot_batch)] if is_batch else []
+        found.append(of(POT, lambda *problem: pot(*problem, method="sinkhorn"), imports="ot"))
+        found.append(of(POT_LOG, lambda *problem: pot(*problem, method="sinkhorn_log"), imports="ot"))
+        found += [of(POT_BATCH, pot_batch, imports="ot")] if is_batch else []
     if ott_jax.is_there() or not smoke:
-        found.append(Contender(OTT, by_ott))
+        found.append(Contender(OTT, by_ott, elsewhere=True))
     return [*found, Contender(FLOOR, one_read)]
 
 
@@ -172,11 +176,25 @@ def geomloss_points(x: Tensor, y: Tensor, epsilon: float, iterations: int, backe
     return 2 * SamplesLoss("sinkhorn", p=2, **options)(x, y)  # type: ignore[no-any-return]
 
 
+def geomloss_contender(name: str, value: Callable[[Tensor, Tensor], Tensor]) -> Contender:
+    """Compiles, where KeOps does, by a call of a few points."""
+    step = gradients(value)
+
+    def prepare(inputs: Inputs) -> Call:
+        step(tuple(points[:8].detach().requires_grad_() for points in inputs))()
+        return step(inputs)
+
+    return Contender(name, prepare, slow=True, imports="geomloss")
+
+
 def point_contenders(epsilon: float, iterations: int, has_room: bool, smoke: bool) -> list[Contender]:
     """`has_room`: for the costs of all pairs, and more of their size."""
 
-    def of(name: str, value: Callable[..., Tensor], slow: bool = False, **options: str) -> Contender:
-        return Contender(name, gradients(lambda x, y: value(x, y, epsilon, iterations, **options)), slow=slow)
+    def of(name: str, value: Callable[..., Tensor]) -> Contender:
+        return Contender(name, gradients(lambda x, y: value(x, y, epsilon, iterations)), slow=value is not fused_points)
+
+    def by_geomloss(name: str, backend: str) -> Contender:
+        return geomloss_contender(name, lambda x, y: geomloss_points(x, y, epsilon, iterations, backend))
 
     def by_ott(inputs: Inputs) -> Call:
         x, y = inputs
@@ -184,13 +202,13 @@ def point_contenders(epsilon: float, iterations: int, has_room: bool, smoke: boo
 
     found = [of(OURS, fused_points)]
     if has_room:
-        found.append(of("eager loop", loop_points, slow=True))
+        found.append(of("eager loop", loop_points))
         if HAS_GEOMLOSS or not smoke:
-            found.append(of(TENSORIZED, geomloss_points, slow=True, backend="tensorized"))
+            found.append(by_geomloss(TENSORIZED, "tensorized"))
     if (HAS_GEOMLOSS and HAS_KEOPS) or not smoke:
-        found.append(of(ONLINE, geomloss_points, slow=True, backend="online"))
+        found.append(by_geomloss(ONLINE, "online"))
     if has_room and (ott_jax.is_there() or not smoke):
-        found.append(Contender(OTT, by_ott))
+        found.append(Contender(OTT, by_ott, elsewhere=True))
     return found
 
 
@@ -202,25 +220,25 @@ def workloads(device: str, smoke: bool = False) -> list[Workload]:
         return []
     dense = [(500, 500), (2000, 2000), (64, 128, 128)]
     points = [(5000, 3), (5000, 64), (20000, 3)]
-    return [*(_dense(shape, smoke) for shape in dense), *(_points(n, d, smoke) for n, d in points)]
+    return [*(_dense(shape, smoke) for shape in dense), *(_points(n, d, smoke, ITERATIONS[n]) for n, d in points)]
 
 
-def _dense(shape: tuple[int, ...], smoke: bool) -> Workload:
+def _dense(shape: tuple[int, ...], smoke: bool, iterations: int = DENSE_ITERATIONS) -> Workload:
     *batch, n, m = (min(size, 16) if smoke else size for size in shape)
 
     def make_inputs(generator: torch.Generator) -> Inputs:
         x, y = (torch.rand(*batch, count, 2, generator=generator) for count in (n, m))
         return (torch.cdist(x, y).square(),)
 
-    epsilon, iterations = SHARE_OF_MEAN * 2 * SQUARES_PER_DIMENSION, SMOKE_ITERATIONS if smoke else DENSE_ITERATIONS
-    contenders = dense_contenders(epsilon, iterations, len(shape) == 3, smoke)
+    epsilon = SHARE_OF_MEAN * 2 * SQUARES_PER_DIMENSION
+    contenders = dense_contenders(epsilon, SMOKE_ITERATIONS if smoke else iterations, len(shape) == 3, smoke)
     # An iteration finds the cost where the one before it has left it.
     name = "x".join(map(str, shape)) if len(shape) == 2 else f"{shape[0]}x({shape[1]}x{shape[2]})"
-    return Workload(OPERATOR, name, "float32", "cpu", make_inputs, contenders, cached=True)
+    return Workload(OPERATOR, name, "float32", "cpu", make_inputs, contenders, cached=True, resident=True)
 
 
-def _points(n: int, d: int, smoke: bool) -> Workload:
-    count, iterations = (64, SMOKE_ITERATIONS) if smoke else (n, ITERATIONS[n])
+def _points(n: int, d: int, smoke: bool, iterations: int) -> Workload:
+    count, iterations = (64, SMOKE_ITERATIONS) if smoke else (n, iterations)
 
     def make_inputs(generator: torch.Generator) -> Inputs:
         x, y = (torch.rand(count, d, generator=generator).requires_grad_() for _ in range(2))
@@ -230,6 +248,20 @@ def _points(n: int, d: int, smoke: bool) -> Workload:
     contenders = point_contenders(epsilon, iterations, n <= 5000, smoke)
     name = f"points {n}x{d}"
     return Workload(OPERATOR, name, "float32", "cpu", make_inputs, contenders, cached=True, resident=True)
+
+
+def sweeps(device: str) -> list[Sweep]:
+    if device == "cuda":
+        return []
+    return [
+        Sweep(OPERATOR, "n, of n x n", doubling(125, 4000), lambda n: _of_two(_dense((n, n), False))),
+        Sweep(OPERATOR, "iterations, of 500 x 500", doubling(10, 640), lambda t: _of_two(_dense((500, 500), False, t))),
+        Sweep(OPERATOR, "n, of points n x 3", doubling(500, 16000), lambda n: _of_two(_points(n, 3, False, 20))),
+    ]
+
+
+def _of_two(workload: Workload) -> Workload:
+    return replace(workload, contenders=only(workload.contenders, OURS, "eager loop"))
 
 
 def test_speed(measure: Callable[[], None]) -> None:

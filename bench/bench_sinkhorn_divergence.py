@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,14 +24,15 @@ from pyreg.ops._symmetric_sinkhorn import symmetric_sinkhorn
 from pyreg.reference import sinkhorn_divergence as reference
 
 from . import floor
-from .bench_sinkhorn import gradients, unconverged
+from .bench_sinkhorn import geomloss_contender, gradients, unconverged
 from .harness import FLOOR, OURS, Call, Contender, Inputs, Workload
+from .sweep import Sweep, doubling, only
 
 OPERATOR = "sinkhorn_divergence"
 
 BLUR, SCALING = 0.05, 0.5
-TENSORIZED, ONLINE, BY_TOLERANCE = "geomloss tensorized", "geomloss online", "sinkhorn_divergence"
-PLAIN = "plain iterations"
+TENSORIZED, ONLINE, BY_TOLERANCE = "geomloss tensorized", "geomloss online", "ours to a tolerance"
+PLAIN = "ours, plain iterations"
 HAS_GEOMLOSS, HAS_KEOPS = (importlib.util.find_spec(name) is not None for name in ("geomloss", "pykeops"))
 
 # In more dimensions costs are products; in fewer they are formed beside the exponentials.
@@ -74,17 +76,18 @@ def floor_of(x: Tensor, y: Tensor) -> Callable[[], None]:
 
 
 def contenders(d: int, smoke: bool) -> list[Contender]:
-    def of(name: str, value: Callable[..., Tensor], slow: bool = False, **options: str) -> Contender:
-        return Contender(name, gradients(lambda x, y: value(x, y, **options)), slow=slow)
+    def by_geomloss(name: str, backend: str) -> Contender:
+        return geomloss_contender(name, lambda x, y: geomloss(x, y, backend))
 
     def by_floor(inputs: Inputs) -> Call:
         return floor_of(*inputs)
 
-    found = [of(OURS, SamplesLoss("sinkhorn", p=2, blur=BLUR, scaling=SCALING)), of(BY_TOLERANCE, divergence)]
+    ours = SamplesLoss("sinkhorn", p=2, blur=BLUR, scaling=SCALING)
+    found = [Contender(OURS, gradients(ours)), Contender(BY_TOLERANCE, gradients(divergence))]
     if HAS_GEOMLOSS or not smoke:
-        found.append(of(TENSORIZED, geomloss, slow=True, backend="tensorized"))
+        found.append(by_geomloss(TENSORIZED, "tensorized"))
     if (HAS_GEOMLOSS and HAS_KEOPS) or not smoke:
-        found.append(of(ONLINE, geomloss, slow=True, backend="online"))
+        found.append(by_geomloss(ONLINE, "online"))
     return [*found, Contender(FLOOR, by_floor)]
 
 
@@ -138,6 +141,17 @@ def _iterations(n: int, d: int, smoke: bool) -> Workload:
 
     found = [Contender(OURS, debiased), Contender(PLAIN, plain), Contender(FLOOR, products)]
     return Workload(OPERATOR, f"iterations {n}x{d}", "float32", "cuda", make_inputs, found, cached=True)
+
+
+def sweeps(device: str) -> list[Sweep]:
+    if device == "cuda":
+        return []
+    return [Sweep(OPERATOR, "n, of n x 3", doubling(250, 8000), _of_two)]
+
+
+def _of_two(n: int) -> Workload:
+    workload = _points(n, 3, smoke=False)
+    return replace(workload, contenders=only(workload.contenders, OURS, TENSORIZED))
 
 
 def test_speed(measure: Callable[[], None]) -> None:

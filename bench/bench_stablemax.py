@@ -17,6 +17,7 @@ import pyreg.functional
 
 from . import floor
 from .harness import FLOOR, OURS, Call, Contender, Workload, compiled_step, step
+from .sweep import Sweep, doubling, only
 
 OPERATOR = "stablemax_cross_entropy"
 
@@ -112,6 +113,18 @@ def _workload(
 
     dtype_name = str(dtype).removeprefix("torch.")
     return Workload(OPERATOR, f"{rows}x{classes}", dtype_name, device, make_inputs, contenders, cached)
+
+
+def sweeps(device: str) -> list[Sweep]:
+    both = only(CONTENDERS, OURS, "F.cross_entropy")
+
+    def of(rows: int, classes: int) -> Workload:
+        return _workload(device, False, rows, classes, torch.float32, both, False)
+
+    return [
+        Sweep(OPERATOR, "V, of 1024 x V", doubling(1000, 64000), lambda v: of(1024, v)),
+        Sweep(OPERATOR, "N, of N x 1000", doubling(512, 65536), lambda n: of(n, 1000)),
+    ]
 
 
 def test_speed(measure: Callable[[], None]) -> None:

@@ -14,6 +14,7 @@ import pyreg.functional
 
 from .bench_conr import symmetric_products
 from .harness import FLOOR, OURS, Contender, Inputs, Workload, compiled_step, step
+from .sweep import Sweep, doubling, only
 
 OPERATOR = "supcon"
 
@@ -49,7 +50,7 @@ def library(features: Tensor, labels: Tensor) -> Tensor:
 
 CONTENDERS = [
     Contender(OURS, step(fused)),
-    *([Contender(LIBRARY, step(library))] if HAS_LIBRARY else []),
+    *([Contender(LIBRARY, step(library), imports="pytorch_metric_learning.losses")] if HAS_LIBRARY else []),
     Contender("eager formula", step(formula)),
     Contender("compiled formula", compiled_step(formula), slow=True),
     Contender(FLOOR, symmetric_products),
@@ -57,10 +58,12 @@ CONTENDERS = [
 
 
 def workloads(device: str, smoke: bool = False) -> list[Workload]:
-    return [_workload(device, smoke, 4096, 512, 100), _workload(device, smoke, 256, 128, 10)]
+    return [_workload(device, smoke, 4096, 512, 100, CONTENDERS), _workload(device, smoke, 256, 128, 10, CONTENDERS)]
 
 
-def _workload(device: str, smoke: bool, rows: int, features: int, classes: int) -> Workload:
+def _workload(
+    device: str, smoke: bool, rows: int, features: int, classes: int, contenders: list[Contender]
+) -> Workload:
     n, d = (min(size, 64) for size in (rows, features)) if smoke else (rows, features)
 
     def make_inputs(generator: torch.Generator) -> Inputs:
@@ -68,7 +71,13 @@ def _workload(device: str, smoke: bool, rows: int, features: int, classes: int) 
         return x, torch.randint(classes, (n,), generator=generator, device=device)
 
     # The network has just computed the features: they are where it left them.
-    return Workload(OPERATOR, f"{rows}x{features}", "float32", device, make_inputs, CONTENDERS, cached=True)
+    return Workload(OPERATOR, f"{rows}x{features}", "float32", device, make_inputs, contenders, cached=True)
+
+
+def sweeps(device: str) -> list[Sweep]:
+    both = only(CONTENDERS, OURS, "eager formula")
+    make = lambda n: _workload(device, False, n, 512, 100, both)  # noqa: E731
+    return [Sweep(OPERATOR, "N, of N x 512", doubling(256, 8192), make)]
 
 
 def test_speed(measure: Callable[[], None]) -> None:

@@ -16,6 +16,7 @@ from pyreg.ops.weight_compander import weight_companders
 from . import floor
 from .bench_orthograd import resnet50_shapes
 from .harness import FLOOR, OURS, Call, Contender, Workload, compiled
+from .sweep import Sweep, doubling, only
 
 OPERATOR = "weight_compander"
 ELEMENTS = 25_000_000
@@ -69,10 +70,12 @@ def workloads(device: str, smoke: bool = False) -> list[Workload]:
         ("ResNet-50", layers, torch.float32),
         ("ResNet-50", layers, torch.bfloat16),
     ]
-    return [_workload(device, *row) for row in table]
+    return [_workload(device, name, shapes, dtype, CONTENDERS) for name, shapes, dtype in table]
 
 
-def _workload(device: str, name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> Workload:
+def _workload(
+    device: str, name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, contenders: list[Contender]
+) -> Workload:
     def make_inputs(generator: torch.Generator) -> Inputs:
         def normal(shape: tuple[int, ...]) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=dtype, device=device)
@@ -83,7 +86,13 @@ def _workload(device: str, name: str, shapes: list[tuple[int, ...]], dtype: torc
         vs = [normal(shape).requires_grad_() for shape in shapes]
         return vs, [normal(shape) for shape in shapes], constants(0.5), constants(1.0)
 
-    return Workload(OPERATOR, name, str(dtype).removeprefix("torch."), device, make_inputs, CONTENDERS)
+    return Workload(OPERATOR, name, str(dtype).removeprefix("torch."), device, make_inputs, contenders)
+
+
+def sweeps(device: str) -> list[Sweep]:
+    both = only(CONTENDERS, OURS, "eager formula")
+    make = lambda elements: _workload(device, str(elements), [(elements,)], torch.float32, both)  # noqa: E731
+    return [Sweep(OPERATOR, "elements, of one tensor", doubling(1 << 18, 1 << 25), make)]
 
 
 def test_speed(measure: Callable[[], None]) -> None:

@@ -43,11 +43,12 @@ def measure(benchmark: Any, workload: harness.Workload, contender: harness.Conte
     benchmark.group = str(workload)
 
     def run() -> None:
-        runner = harness.Runner(workload, contender, inputs, harness.FULL.seconds)
+        runner = harness.Runner(workload, contender, inputs, harness.FULL)
         if benchmark.disabled:
             benchmark(lambda: _finish(runner.prepare(1)[0], workload.device))
             return
         runner.warm_up()
+        runner.plan(harness.FULL.seconds)
         if runner.result.error is not None:
             pytest.fail(runner.result.error)
         benchmark.extra_info["peak_bytes"] = runner.result.peak_bytes

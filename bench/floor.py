@@ -1,7 +1,8 @@
 """Floors: the time that the bare memory traffic of an operator, or its bare arithmetic, takes on this machine, measured
 like any contender.
 
-Each function takes tensors and returns the call to be timed, with all set-up done.
+Each function takes tensors and returns the call to be timed, with all set-up done. What the calls move and compute is
+counted inside of `counted()`, so that a report can say at which rate.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import ROOT
 from .machine import core_count, cpu_name
@@ -30,6 +34,29 @@ FRESH_BYTES = 32 << 20
 BYTES_PER_THREAD = 1 << 20
 
 
+@dataclass
+class Work:
+    """The bytes that loops read and write, the floating-point operations of torch's matrix products, exponentials."""
+
+    bytes: int = 0
+    flops: int = 0
+    exponentials: int = 0
+
+
+_counting = Work()
+
+
+@contextmanager
+def counted() -> Iterator[Work]:
+    """The work of the floors called inside, complete when it is left."""
+    global _counting
+    work = _counting = Work()
+    with FlopCounterMode(display=False) as products:
+        yield work
+    work.flops = products.get_total_flops()
+    _counting = Work()
+
+
 class Span(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("words", ctypes.c_int64)]
 
@@ -37,8 +64,10 @@ class Span(ctypes.Structure):
 def read(*tensors: Tensor) -> Callable[[], None]:
     """Reads the tensors once."""
     library, spans, threads = _library(), _spans(tensors), _threads(tensors)
+    total = sum(tensor.nbytes for tensor in tensors)
 
     def call() -> None:
+        _counting.bytes += total
         library.read_spans(spans, len(spans), threads)
 
     return call
@@ -51,6 +80,7 @@ def copy(*tensors: Tensor) -> Callable[[], None]:
     destination = _recycled(total) if total < FRESH_BYTES else None
 
     def call() -> None:
+        _counting.bytes += 2 * total
         if destination is not None:
             library.copy_spans(spans, len(spans), threads, ctypes.c_void_p(destination.data_ptr()))
         elif library.copy_spans_to_fresh_memory(spans, len(spans), threads):
@@ -69,8 +99,10 @@ def update(inputs: Sequence[Tensor], updated: Sequence[Tensor]) -> Callable[[], 
     """Reads both lists, tensors of equal sizes in pairs, and writes the second in place with the values it has."""
     library, threads = _library(), _threads(updated)
     read_spans, written_spans = _spans(inputs), _spans(updated)
+    total = sum(tensor.nbytes for tensor in inputs) + 2 * sum(tensor.nbytes for tensor in updated)
 
     def call() -> None:
+        _counting.bytes += total
         library.update_spans(read_spans, written_spans, len(written_spans), threads, 0)
 
     return call
@@ -81,6 +113,7 @@ def exponentials(count: int) -> Callable[[], None]:
     library, threads = _library(), core_count()
 
     def call() -> None:
+        _counting.exponentials += count
         library.exponentials(count, threads)
 
     return call
@@ -92,6 +125,7 @@ def device_copy(moved_bytes: int, device: str) -> Callable[[], None]:
     destination = torch.empty_like(source)
 
     def call() -> None:
+        _counting.bytes += 2 * source.nbytes
         destination.copy_(source)
 
     return call

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from pyreg import _extension
+
 from . import ROOT
 
 
@@ -52,6 +54,7 @@ def describe(device: str) -> dict[str, str]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": torch.cuda.get_device_name(0) if device == "cuda" else cpu_name(),
         "cores": str(core_count()),
+        "isa": str(_extension.CPU.build_info.get("isa", "")) if device == "cpu" else "",
         "torch": torch.__version__,
         "commit": _commit(),
         "load": f"{os.getloadavg()[0]:.2f}",

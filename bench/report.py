@@ -1,100 +1,85 @@
-"""What a run leaves behind: rows of CSV, one table, and the list of targets."""
+"""What a run shows at its end: one table, the exponents of its sweeps, and the list of targets."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
-from itertools import groupby
-from pathlib import Path
 
+from rich import table as rich_table
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
-from . import machine
-from .harness import FLOOR, OURS, Measurement
+from . import tables
+from .harness import OURS
+from .rows import Row, comparisons, operators
 from .targets import MET, MISSED, NOT_MEASURED, Verdict
-
-COLUMNS = [
-    *("date", "machine", "cores", "torch", "commit", "load", "device"),
-    *("operator", "workload", "dtype", "contender"),
-    *("median_s", "p20_s", "p80_s", "samples", "floor_s", "peak_bytes", "launches", "error"),
-]
 
 NOISY = 1.5  # a verdict from samples that scatter so much is worth another run on a machine that is idle
 
 STYLES = {MET: "green", MISSED: "red", NOT_MEASURED: "yellow"}
 
 
-def rows(measurements: Iterable[Measurement]) -> list[dict[str, object]]:
-    """One row a contender, with the floor of its workload; what was not measured stays empty."""
-    measurements = list(measurements)
-    floors = {_workload(m): m.median for m in measurements if m.contender == FLOOR and m.seconds}
-    result = []
-    for m in measurements:
-        row: dict[str, object] = dict.fromkeys(COLUMNS, "")
-        row |= machine.describe(m.device)
-        row |= {"operator": m.operator, "workload": m.workload, "dtype": m.dtype, "contender": m.contender}
-        row |= {"samples": len(m.seconds), "error": m.error or ""}
-        if m.seconds:
-            times = {"median_s": 50, "p20_s": 20, "p80_s": 80}
-            row |= {column: f"{m.percentile(percent):.4g}" for column, percent in times.items()}
-        if _workload(m) in floors:
-            row["floor_s"] = f"{floors[_workload(m)]:.4g}"
-        row |= {name: value for name in ("peak_bytes", "launches") if (value := getattr(m, name)) is not None}
-        result.append(row)
-    return result
-
-
-def write_csv(path: Path, measurements: Iterable[Measurement]) -> None:
-    """Adds the rows to the file, below a header if the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows(measurements))
-
-
-def show(console: Console, measurements: Iterable[Measurement], verdicts: list[Verdict], dropped: list[str]) -> None:
-    """The table, a section for each workload, then the targets in the order of their file."""
-    measurements = list(measurements)
-    console.print(table(measurements, verdicts))
-    if dropped:
-        console.print(f"Left out of a quick run: {', '.join(dropped)}.")
+def show(console: Console, rows: Iterable[Row], verdicts: list[Verdict]) -> None:
+    """The table, a section for each workload; sweeps; what was left out; the targets in the order of their file."""
+    rows = list(rows)
+    if comparisons(rows):
+        console.print(table(rows, verdicts))
+    if any(row.sweep for row in rows):
+        console.print(scaling(rows))
+    for reason, found in left_out(rows).items():
+        console.print(f"{reason}: {'; '.join(found)}", highlight=False, markup=False)
     for status in (MET, MISSED, NOT_MEASURED):
         of_status = [verdict for verdict in verdicts if verdict.status == status]
         if of_status:
             console.print(f"[bold {STYLES[status]}]Targets {status}: {len(of_status)}[/]")
         for verdict in of_status:
-            console.print(f"  {describe(verdict)}", highlight=False)
+            console.print(f"  {describe(verdict)}", highlight=False, markup=False)
 
 
-def table(measurements: list[Measurement], verdicts: list[Verdict]) -> Table:
-    device = measurements[0].device
-    about = machine.describe(device)
-    result = Table(
-        title=f"{about['machine']}, {about['cores']} cores, torch {about['torch']}, commit {about['commit']}",
-        caption="Time: median of one call (20th to 80th percentile). Ratio: time / ours. Peak: bytes above the inputs.",
-        title_justify="left",
-        caption_justify="left",
+def left_out(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """What was not measured, by the reason: contenders with their workload, or with the sizes of their sweep."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        if row.error:
+            where = f"{row.operator}, {row.sweep}" if row.sweep else f"{row.operator} {row.workload} {row.dtype}"
+            sizes = reasons.setdefault(row.error, {}).setdefault(f"{where}, {row.contender}", [])
+            sizes += [str(row.size)] if row.size else []
+    return {
+        reason: [f"{what} at {', '.join(sizes)}" if sizes else what for what, sizes in found.items()]
+        for reason, found in reasons.items()
+    }
+
+
+def table(rows: Iterable[Row], verdicts: list[Verdict]) -> rich_table.Table:
+    rows = list(rows)
+    result = rich_table.Table(
+        title=str(rows[0].conditions), caption=tables.LEGEND, title_justify="left", caption_justify="left"
     )
     result.add_column("operator, shape, dtype")
-    result.add_column("contender")
-    for name in ("time", "p20 - p80", "ratio", "ours / floor", "peak"):
-        result.add_column(name, justify="right")
+    for name in tables.CONTENDER_HEADER:
+        result.add_column(name, justify="left" if name == "contender" else "right")
     result.add_column("target")
 
-    for _, group in groupby(measurements, key=_workload):
-        section = list(group)
-        by_name = {m.contender: m for m in section}
-        ours = by_name.get(OURS)
-        for i, m in enumerate(section):
-            title = [m.operator, m.workload, m.dtype][i] if i < 3 else ""
-            targets = [v for v in verdicts if _applies(v, m)]
-            result.add_row(title, m.contender, *_cells(m, ours, by_name.get(FLOOR)), "\n".join(map(_outcome, targets)))
-        for title in [section[0].operator, section[0].workload, section[0].dtype][len(section) :]:
+    for comparison in comparisons(rows):
+        first = comparison.rows[0]
+        titles = [first.operator, first.workload, first.dtype]
+        for i, row in enumerate(comparison.rows):
+            outcomes = "\n".join(outcome(verdict, colored=True) for verdict in verdicts if applies(verdict, row))
+            cells = [escape(cell) for cell in tables.cells(row, comparison)]
+            result.add_row(titles[i] if i < len(titles) else "", row.contender, *cells, outcomes)
+        for title in titles[len(comparison.rows) :]:
             result.add_row(title)
+        result.add_section()
+    return result
+
+
+def scaling(rows: Iterable[Row]) -> rich_table.Table:
+    rows = list(rows)
+    result = rich_table.Table(caption=tables.SCALING_LEGEND, caption_justify="left")
+    for name in ("operator", *tables.SCALING_HEADER):
+        result.add_column(name)
+    for operator in operators(rows):
+        for line in tables.scaling(rows, operator).rows:
+            result.add_row(operator, *line)
         result.add_section()
     return result
 
@@ -107,40 +92,13 @@ def describe(verdict: Verdict) -> str:
     return f"{target.operator} {target.workload} {target.dtype}{against}, {target}{value}{noise}"
 
 
-def _workload(m: Measurement) -> tuple[str, str, str, str]:
-    return m.operator, m.workload, m.dtype, m.device
-
-
-def _applies(verdict: Verdict, m: Measurement) -> bool:
+def applies(verdict: Verdict, row: Row) -> bool:
     target = verdict.target
-    same = (target.operator, target.workload, target.dtype, target.device) == _workload(m)
-    return same and m.contender == (target.against or OURS)
+    same = (target.operator, target.workload, target.dtype, target.device) == row.problem
+    return same and row.contender == (target.against or OURS)
 
 
-def _outcome(verdict: Verdict) -> str:
+def outcome(verdict: Verdict, colored: bool = False) -> str:
     value = f": {verdict.value:.3g}" if verdict.value is not None else ""
-    return f"[{STYLES[verdict.status]}]{verdict.target}{value}, {verdict.status}[/]"
-
-
-def _cells(m: Measurement, ours: Measurement | None, floor: Measurement | None) -> list[str]:
-    if m.error is not None:
-        return [f"[red]failed: {m.error[:40]}[/]", "", "", "", ""]
-    peak = format_bytes(m.peak_bytes) if m.peak_bytes is not None and m.contender != FLOOR else ""
-    spread = f"{format_seconds(m.percentile(20))} - {format_seconds(m.percentile(80))}"
-    ratio = f"{m.median / ours.median:.2f}" if ours is not None and ours.seconds else ""
-    over_floor = f"{m.median / floor.median:.2f}" if m.contender == OURS and floor is not None and floor.seconds else ""
-    return [format_seconds(m.median), spread, ratio, over_floor, peak]
-
-
-def format_seconds(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} us"
-
-
-def format_bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"
+    text = f"{verdict.target}{value}, {verdict.status}"
+    return f"[{STYLES[verdict.status]}]{text}[/]" if colored else text

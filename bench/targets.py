@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .harness import OURS, Measurement
+from .harness import OURS
+from .rows import Row
 
 try:
     import tomllib
@@ -66,9 +67,9 @@ def load() -> list[Target]:
         return [Target(**entry) for entry in tomllib.load(file)["target"]]
 
 
-def judge(targets: Iterable[Target], measurements: Iterable[Measurement]) -> list[Verdict]:
-    """A verdict for each target whose workload is among the measurements. Where ours failed, the target is missed."""
-    by_key = {(m.operator, m.workload, m.dtype, m.device, m.contender): m for m in measurements}
+def judge(targets: Iterable[Target], rows: Iterable[Row]) -> list[Verdict]:
+    """A verdict for each target whose workload is among the rows. Where ours failed, the target is missed."""
+    by_key = {(*row.problem, row.contender): row for row in rows}
     verdicts = []
     for target in targets:
         key = (target.operator, target.workload, target.dtype, target.device)
@@ -78,10 +79,10 @@ def judge(targets: Iterable[Target], measurements: Iterable[Measurement]) -> lis
     return verdicts
 
 
-def _judge_one(target: Target, ours: Measurement | None, other: Measurement | None) -> Verdict:
-    if ours is None:
+def _judge_one(target: Target, ours: Row | None, other: Row | None) -> Verdict:
+    if ours is None or ours.is_left_out:
         return Verdict(target, NOT_MEASURED, reason="ours was not run")
-    if ours.error is not None:
+    if ours.error:
         return Verdict(target, MISSED, reason=f"ours failed: {ours.error}")
     if target.launches is not None:
         if ours.launches is None:
@@ -92,9 +93,9 @@ def _judge_one(target: Target, ours: Measurement | None, other: Measurement | No
             return Verdict(target, NOT_MEASURED, reason="memory was not measured")
         peak = ours.peak_bytes / 1e6
         return Verdict(target, MET if peak <= target.megabytes else MISSED, peak)
-    if other is None:
+    if other is None or other.is_left_out:
         return Verdict(target, NOT_MEASURED, reason=f"{target.against} was not run")
-    if other.error is not None:
+    if other.error or other.median is None or ours.median is None:
         return Verdict(target, NOT_MEASURED, reason=f"{target.against} failed: {other.error}")
     noise = max(ours.spread, other.spread)
     if target.faster is not None:

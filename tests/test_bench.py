@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import sys
 import time
 import timeit
 from collections.abc import Callable
@@ -13,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
 
 import pyreg.functional
 from bench import __main__ as command
@@ -26,26 +22,22 @@ from bench import (
     bench_sinkhorn_divergence,
     bench_stablemax,
     bench_supcon,
+    budget,
     floor,
     harness,
     memory,
-    plot,
     report,
+    rows,
+    scaling,
+    sweep,
     targets,
 )
-from bench.harness import Contender, Measurement, Workload
+from bench.harness import Contender, Workload
 from pyreg.nn import SamplesLoss
 from pyreg.reference.conr import conr_loss
 from pyreg.reference.info_nce import info_nce
 from pyreg.reference.supcon import supcon_loss
-
-
-def measurement(contender: str, seconds: list[float], **fields: object) -> Measurement:
-    return Measurement("op", "8x8", "float32", "cpu", contender, seconds, **fields)  # type: ignore[arg-type]
-
-
-def target(**fields: object) -> targets.Target:
-    return targets.Target(operator="op", workload="8x8", dtype="float32", device="cpu", **fields)  # type: ignore[arg-type]
+from tests.bench_rows import judge, measurement, target
 
 
 def tiny_workload(*contenders: Contender, size: int = 1000) -> Workload:
@@ -92,10 +84,14 @@ class TestMeasurement:
             (0.5, 4, 1),
             (1e-3, 60, 2),  # a sample fills 2 ms
             (50e-6, 60, 40),
+            (0, 60, 2_000_000),
         ],
     )
     def test_plan(self, estimate: float, samples: int, calls: int) -> None:
         assert harness.plan(estimate, seconds=2.0) == (samples, calls)
+
+    def test_a_plan_counts_what_a_sample_takes_beside_its_calls(self) -> None:
+        assert harness.plan(0.1, seconds=2.0, overhead=0.3) == (5, 1)
 
     def test_turns_are_complete_interleaved_and_repeatable(self) -> None:
         order = list(harness.turns({"fast": 60, "slow": 3, "out": 0}))
@@ -137,8 +133,52 @@ class TestRun:
         assert min(other.seconds) >= 10e-3
 
     def test_quick_runs_leave_slow_contenders_out(self) -> None:
-        workload = tiny_workload(sleeper("ours", 1e-4), sleeper("other", 1e-4, slow=True))
-        assert [m.contender for m in harness.run(workload, harness.QUICK)] == ["ours"]
+        workload = tiny_workload(sleeper("other", 1e-4, slow=True), sleeper("ours", 1e-4))
+        other, ours = harness.run(workload, harness.QUICK)
+        assert ours.seconds
+        assert not other.seconds
+        assert other.error == "left out: slow, and the run is a quick one"
+
+    def test_a_run_whose_time_is_over_begins_nothing(self) -> None:
+        workload = tiny_workload(sleeper("ours", 10), sleeper("other", 10))
+        measured = harness.run(workload, end=time.monotonic())
+        assert [m.error for m in measured] == ["left out: the time of the run was over"] * 2
+
+    def test_a_slow_contender_is_not_begun_where_others_took_its_time(self) -> None:
+        workload = tiny_workload(sleeper("other", 10, slow=True), sleeper("ours", 2e-3))
+        other, ours = harness.run(workload, share=1e-3)
+        assert other.error == "left out: slow, and its workload had taken 3 times its share of the run"
+        assert len(ours.seconds) == harness.MIN_SAMPLES
+
+    def test_a_slow_contender_takes_no_time_that_is_reserved_for_others(self) -> None:
+        workload = tiny_workload(sleeper("other", 10, slow=True), sleeper("ours", 2e-3))
+        other, ours = harness.run(workload, harness.Settings(seconds=0), end=time.monotonic() + 1000, reserved=1000)
+        assert other.error == "left out: slow, and the time was needed for others"
+        assert ours.seconds
+
+    def test_samples_take_what_a_workload_has_left(self) -> None:
+        """Of 0.6 s there are some left after the warm-up, in which the other does not call 30 times for 20 ms."""
+        workload = tiny_workload(sleeper("ours", 5e-4), sleeper("other", 20e-3))
+        ours, other = harness.run(workload, harness.Settings(seconds=10), share=0.6)
+        assert harness.MIN_SAMPLES <= len(ours.seconds) <= harness.MAX_SAMPLES
+        assert harness.MIN_SAMPLES <= len(other.seconds) < 30
+
+    def test_the_warm_up_of_a_floor_ends(self) -> None:
+        """It waits before every call: by the time of its calls alone, microseconds each, it would last minutes."""
+        workload = tiny_workload(Contender("floor", lambda inputs: floor.read(*inputs)))
+        begin = time.monotonic()
+        (result,) = harness.run(workload, harness.Settings(seconds=0.1))
+        assert result.error is None
+        assert time.monotonic() - begin < 10
+
+    def test_a_floor_says_what_it_does_and_a_process_elsewhere_no_memory(self) -> None:
+        by_floor = Contender("floor", lambda inputs: floor.in_sequence(floor.read(*inputs), floor.copy(*inputs)))
+        measured = harness.run(
+            tiny_workload(by_floor, sleeper("other", 1e-3, elsewhere=True)), harness.Settings(seconds=0.01)
+        )
+        assert measured[0].work == floor.Work(bytes=3 * 4000)
+        assert measured[1].peak_bytes is None
+        assert rows.of(measured)[1].floor_bytes == 12_000
 
     def test_a_failing_contender_is_reported_and_stops_no_other(self) -> None:
         def fail(inputs: object) -> harness.Call:
@@ -167,9 +207,18 @@ class TestRun:
 
             return call
 
-        (result,) = harness.run(tiny_workload(Contender("ours", prepare, consumes_inputs=True)), harness.Settings(0.02))
+        (result,) = harness.run(
+            tiny_workload(Contender("ours", prepare, consumes_inputs=True)), harness.Settings(seconds=0.02)
+        )
         assert result.error is None
         assert prepared > len(result.seconds)
+
+    def test_a_module_is_imported_before_the_first_call(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "takes_long.py").write_text("import time; time.sleep(0.2)")
+        monkeypatch.syspath_prepend(tmp_path)
+        importing = Contender("other", lambda inputs: lambda: __import__("takes_long"), imports="takes_long")
+        (result,) = harness.run(tiny_workload(importing), harness.Settings(seconds=0.01, only_call_seconds=0.1))
+        assert max(result.seconds) < 0.1
 
     def test_long_calls_are_not_repeated_for_warm_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(harness, "LONG_CALL_SECONDS", 5e-3)
@@ -217,6 +266,15 @@ class TestFloor:
         assert torch.equal(copied, torch.cat(tensors))
         assert library.copy_spans_to_fresh_memory(spans, len(spans), threads) == 0
 
+    def test_work_is_counted(self) -> None:
+        a, b = torch.randn(10, 20), torch.randn(20, 30)
+        with floor.counted() as work:
+            floor.exponentials(1000)()
+            floor.update([torch.ones(64)], [torch.ones(64)])()
+            torch.mm(a, b, out=torch.empty(10, 30))
+        floor.read(torch.ones(64))()
+        assert work == floor.Work(bytes=3 * 256, flops=2 * 10 * 20 * 30, exponentials=1000)
+
 
 class TestTargets:
     ours = measurement("ours", [1.0], launches=5, peak_bytes=3_000_000)
@@ -237,27 +295,29 @@ class TestTargets:
         ],
     )
     def test_verdicts(self, limit: dict[str, object], status: str, value: float | None) -> None:
-        (verdict,) = targets.judge([target(**limit)], [self.ours, self.other])
+        (verdict,) = judge([target(**limit)], [self.ours, self.other])
         assert verdict.status == status
         assert verdict.value == (None if value is None else pytest.approx(value))
 
     def test_ours_failed_is_missed_and_the_other_failed_is_not_measured(self) -> None:
         wanted = [target(against="other", faster=1.0)]
         failed = {name: measurement(name, [], error="boom") for name in ("ours", "other")}
-        assert targets.judge(wanted, [failed["ours"], self.other])[0].status == targets.MISSED
-        assert targets.judge(wanted, [self.ours, failed["other"]])[0].status == targets.NOT_MEASURED
+        assert judge(wanted, [failed["ours"], self.other])[0].status == targets.MISSED
+        assert judge(wanted, [self.ours, failed["other"]])[0].status == targets.NOT_MEASURED
+        left_out = measurement("ours", [], error="left out: no time")
+        assert judge(wanted, [left_out, self.other])[0].status == targets.NOT_MEASURED
 
     def test_a_verdict_from_scattered_samples_says_so(self) -> None:
         scattered = measurement("floor", [1.0, 1.0, 2.0, 3.0, 3.0])
-        (verdict,) = targets.judge([target(against="floor", within=1.0)], [self.ours, scattered])
+        (verdict,) = judge([target(against="floor", within=1.0)], [self.ours, scattered])
         assert (verdict.status, verdict.noise) == (targets.MET, 3.0)
         assert report.describe(verdict).endswith(": 0.5 (noisy: p80 / p20 is 3.0)")
-        (quiet,) = targets.judge([target(against="other", within=1.0)], [self.ours, self.other])
+        (quiet,) = judge([target(against="other", within=1.0)], [self.ours, self.other])
         assert "noisy" not in report.describe(quiet)
 
     def test_targets_of_other_workloads_are_left_alone(self) -> None:
         elsewhere = targets.Target("op", "9x9", "float32", "cpu", "other", faster=1.0)
-        assert targets.judge([elsewhere], [self.ours, self.other]) == []
+        assert judge([elsewhere], [self.ours, self.other]) == []
 
     @pytest.mark.parametrize("limit", [{}, {"faster": 2.0}, {"against": "other", "faster": 2.0, "within": 1.0}])
     def test_a_target_says_one_thing(self, limit: dict[str, object]) -> None:
@@ -277,55 +337,88 @@ class TestTargets:
             assert (one.against or harness.OURS) in contenders
 
 
-class TestReport:
-    def test_csv_has_a_header_once_and_a_row_a_contender(self, tmp_path: Path) -> None:
-        path = tmp_path / "new" / "results.csv"
-        measured = [
-            measurement("ours", [0.25, 0.25], peak_bytes=10),
-            measurement("floor", [0.125]),
-            measurement("other", [], error="boom"),
-        ]
-        report.write_csv(path, measured)
-        report.write_csv(path, measured)
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        assert list(rows[0]) == report.COLUMNS
-        assert len(rows) == 6
-        assert rows[0]["contender"] == "ours"
-        assert float(rows[0]["median_s"]) == float(rows[0]["p20_s"]) == 0.25
-        assert {row["floor_s"] for row in rows} == {"0.125"}
-        assert rows[0]["peak_bytes"] == "10"
-        assert rows[1]["peak_bytes"] == ""
-        assert rows[2]["median_s"] == ""
-        assert rows[2]["error"] == "boom"
-        assert all(rows[0][column] for column in ("date", "machine", "cores", "torch", "commit", "load", "device"))
+class TestBudget:
+    def test_time_is_shared_by_weight_and_what_is_left_goes_to_the_others(self) -> None:
+        now = 100.0
+        shared = budget.Budget(seconds=60, weight=6, clock=lambda: now)
+        assert shared.share(1) == 10
+        now += 30  # three times its share
+        assert shared.share(2) == 12  # two fifths of the 30 s that are left
+        assert shared.share(3) == 30
+        now += 31
+        assert shared.left == -1
+        assert shared.share(1) == 0
 
-    def test_table_shows_ratios_and_verdicts(self) -> None:
-        measured = [measurement("ours", [2.0]), measurement("other", [5.0]), measurement("floor", [1.6])]
-        verdicts = targets.judge([target(against="other", faster=2.0)], measured)
-        table = report.table(measured, verdicts)
-        columns = {column.header: list(column.cells) for column in table.columns}
-        assert columns["ratio"] == ["1.00", "2.50", "0.80"]
-        assert columns["ours / floor"] == ["1.25", "", ""]
-        assert "2 x faster: 2.5, met" in columns["target"][1]
+    @pytest.mark.parametrize(
+        ("least", "most", "total", "shares"),
+        [
+            ([0, 0], [9, 9], 10, [5, 5]),
+            ([0, 0, 0], [1, 9, 9], 10, [1, 4.5, 4.5]),  # what the first cannot use goes to the others
+            ([6, 0], [9, 9], 10, [8, 2]),
+            ([6, 6], [9, 9], 1, [6, 6]),
+            ([0, 0], [1, 2], math.inf, [1, 2]),
+            ([], [], 1, []),
+        ],
+    )
+    def test_fill(self, least: list[float], most: list[float], total: float, shares: list[float]) -> None:
+        assert budget.fill(least, most, total) == pytest.approx(shares)
 
-    @pytest.mark.parametrize(("value", "text"), [(12.4, "12.4 s"), (0.0482, "48.2 ms"), (51e-6, "51 us")])
-    def test_seconds(self, value: float, text: str) -> None:
-        assert report.format_seconds(value) == text
-
-    @pytest.mark.parametrize(("value", "text"), [(524_288_000, "524 MB"), (0, "0 B"), (57_900, "57.9 kB")])
-    def test_bytes(self, value: int, text: str) -> None:
-        assert report.format_bytes(value) == text
+    def test_a_full_run_and_a_quick_run_have_their_minutes(self) -> None:
+        assert harness.FULL.minutes < 15
+        assert harness.QUICK.minutes <= 3
 
 
-class TestPlot:
-    def test_a_panel_a_workload_and_a_bar_a_contender(self) -> None:
-        measured = [measurement("ours", [0.25]), measurement("other", [0.5, 0.75, 1.0]), measurement("floor", [0.125])]
-        rows = [{key: str(value) for key, value in row.items()} for row in report.rows(measured)]
-        (axis,) = plot.draw(rows).axes
-        assert axis.get_title(loc="left") == "op, 8x8, float32"
-        assert [label.get_text() for label in axis.get_yticklabels()] == ["other", "ours", "floor"]
-        assert [bar.get_width() for bar in axis.containers[-1]] == [750, 250, 125]
+class TestSweep:
+    def test_doubling(self) -> None:
+        assert sweep.doubling(125, 1000) == [125, 250, 500, 1000]
+        assert sweep.doubling(3, 20) == [3, 6, 12]
+
+    def test_a_quick_run_takes_every_other_size(self) -> None:
+        one = sweep.Sweep("op", "N", [1, 2, 4, 8, 16, 32], lambda size: tiny_workload())
+        assert one.picked(sweep.QUICK) == [2, 8, 32]
+        assert one.picked(sweep.FULL) == one.sizes
+
+    def test_points_know_their_size_and_long_calls_end_a_contender(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sweep, "LONGEST_CALL", 8e-3)
+
+        def make(size: int) -> Workload:
+            return tiny_workload(sleeper("ours", 1e-4 * size), sleeper("other", 10e-3 if size > 1 else 1e-4))
+
+        settings = harness.Settings(seconds=0.01, warm_up_seconds=0)
+        measured = sweep.run(sweep.Sweep("op", "N", [1, 2, 4], make), settings)
+        assert [(m.contender, m.size) for m in measured] == [(c, n) for n in (1, 2, 4) for c in ("ours", "other")]
+        assert {m.sweep for m in measured} == {"N"}
+        assert [bool(m.seconds) for m in measured] == [True, True, True, True, True, False]
+        assert measured[-1].error == "left out: a call took 0.01 s at 2"
+
+    def test_a_sweep_whose_time_is_over_leaves_out_all_sizes(self) -> None:
+        one = sweep.Sweep("op", "N", [1, 2], lambda size: tiny_workload(sleeper("ours", 10)))
+        measured = sweep.run(one, end=time.monotonic())
+        assert [m.error for m in measured] == ["left out: the time of the run was over"] * 2
+
+    @pytest.mark.parametrize("one", sweep.discover("cpu"), ids=str)
+    def test_every_sweep_compares_ours_with_one_rival(self, one: sweep.Sweep) -> None:
+        workload = one.make(one.sizes[0])
+        assert workload.operator == one.operator
+        assert [contender.name == "ours" for contender in workload.contenders] == [True, False]
+        assert len(one.picked(sweep.QUICK)) >= scaling.LEAST_POINTS
+        inputs = workload.make_inputs(torch.Generator().manual_seed(0))
+        for contender in workload.contenders:
+            if contender.imports:
+                pytest.importorskip(contender.imports)
+            contender.prepare(inputs)()
+
+    def test_those_of_a_gpu_can_be_made(self) -> None:
+        found = sweep.discover("cuda")
+        assert len(found) >= 7
+        assert {one.make(one.sizes[0]).device for one in found} == {"cuda"}
+
+    def test_every_operator_has_one(self) -> None:
+        assert {one.operator for one in sweep.discover("cpu")} == {w.operator for w in harness.discover("cpu")}
+        assert {one.operator for one in sweep.discover("cpu", ["stablemax"])} == {
+            "linear_stablemax_cross_entropy",
+            "stablemax_cross_entropy",
+        }
 
 
 class TestCommand:
@@ -341,10 +434,15 @@ class TestCommand:
     ) -> None:
         workload = tiny_workload(sleeper("ours", 2e-3), sleeper("other", 1e-3))
         monkeypatch.setattr(harness, "discover", lambda device, operators: [workload])
+        points = sweep.Sweep("op", "N", [1, 2, 4], lambda size: tiny_workload(sleeper("ours", 1e-3 * size)))
+        monkeypatch.setattr(sweep, "discover", lambda device, operators: [points])
         monkeypatch.setattr(targets, "load", lambda: [target(against="other", faster=1.0)])
-        path = tmp_path / "rows.csv"
-        assert command.main(["--quick", "--device", "cpu", "--csv", str(path), *strict]) == status
-        assert len(path.read_text().splitlines()) == 3
+        path, page = tmp_path / "rows.csv", tmp_path / "report.html"
+        arguments = ["--quick", "--device", "cpu", "--csv", str(path), "--page", str(page), *strict]
+        assert command.main(arguments) == status
+        assert [row.size for row in rows.read([path])] == [None, None, 1, 4]
+        assert "at least" not in page.read_text()
+        assert "1 x faster" in page.read_text()
 
 
 class TestContenders:

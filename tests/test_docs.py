@@ -95,9 +95,9 @@ def test_code_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
             example.evaluate()
 
 
-def test_script_of_two_processes_runs(tmp_path: Path) -> None:
-    script = str(DOCS / "recipes" / "ddp.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+@pytest.mark.parametrize("script", sorted((DOCS / "recipes").glob("*.py")), ids=lambda script: script.name)
+def test_script_of_two_processes_runs(script: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     run(command, tmp_path, OMP_NUM_THREADS="1")
 
 
