@@ -38,7 +38,7 @@ build := --no-build-isolation --no-deps
 	$(pip) install -q torch==$(TORCH_VERSION)
 	touch $@
 
-extras := test lint bench examples $(if $(wildcard triton_kernels/*.py),triton)
+extras := test lint bench examples docs $(if $(wildcard triton_kernels/*.py),triton)
 
 .venv/requirements.txt: pyproject.toml tools/requirements.py $(wildcard triton_kernels/*.py) .venv/torch-$(TORCH_VERSION)
 	$(python) tools/requirements.py $(extras) > $@.new
@@ -70,7 +70,7 @@ shared := -n $(JOBS) --dist loadfile
 # Where ARGS choose tests, a lane may have none of them: pytest's status 5.
 maybe_none := $(if $(ARGS),|| [ $$? -eq 5 ])
 
-.PHONY: help test demo bench tables wheel cuda gpu lint format env clean FORCE
+.PHONY: help test demo bench tables docs wheel cuda gpu lint format env clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
@@ -89,6 +89,10 @@ bench: .venv/pyreg ## time every operator beside its rivals and its floor, 15 mi
 RESULTS ?=
 tables: .venv/pyreg ## fill the tables of README.md and docs from RESULTS="bench/results/A.csv B.csv", or those they name
 	$(python) -m bench.markdown $(RESULTS) README.md $$(find docs -name '*.md')
+
+docs: .venv/pyreg ## build/docs/index.html, the documentation
+	$(python) -m sphinx -W --keep-going -q $(ARGS) docs build/docs
+	@echo build/docs/index.html
 
 wheel: .venv/requirements.txt ## dist/*.whl, with CUDA kernels where nvcc is found
 	$(pip) wheel $(build) -C build-dir=build/wheel -w dist $(ARGS) .

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from pyreg._companded_weight import CompandedWeight, JointPass
 from pyreg._weight_selection import Exclude, Weight, companded_weights, parametrization_of, weights_to_compand
 from pyreg.nn import WeightCompander, compander_constant
+from pyreg.ops._options import Kind
 from pyreg.ops.weight_compander import KINDS
 
 __all__ = ["Companding", "compand", "decompand"]
@@ -22,7 +23,7 @@ _PER = ("layer", "channel", "model")
 
 @dataclass(frozen=True)
 class Companding:
-    """The companded weights of a model, as :func:`compand` returns it."""
+    """The companded weights of a model, as :func:`pyreg.compand` returns it."""
 
     model: nn.Module
 
@@ -38,7 +39,7 @@ class Companding:
         return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
 
     def remove(self) -> None:
-        """:func:`decompand` of the model."""
+        """:func:`pyreg.decompand` of the model."""
         decompand(self.model)
 
 
@@ -48,7 +49,7 @@ def compand(
     b: Tensor | float = 1.0,
     *,
     learnable: bool = True,
-    kind: str = "arctan",
+    kind: Kind = "arctan",
     per: Literal["layer", "channel", "model"] = "layer",
     exclude: Exclude | Iterable[Exclude] = (),
     embeddings: bool = False,
@@ -92,7 +93,7 @@ def compand(
     their modules takes part, and none is excluded. Modules outside of ``model`` are not seen, so compand the whole.
 
     Returns:
-        :class:`Companding`: the companded weights and learned constants.
+        :class:`~pyreg.companding.Companding`: the companded weights and learned constants.
 
     Raises:
         TypeError: something else than such arguments; weights of other dtypes than float64, float32, bfloat16, float16.
@@ -145,10 +146,15 @@ def decompand(model: nn.Module) -> None:
     the hooks of :func:`compand` are gone. A weight that :class:`pyreg.nn.WeightCompander` was registered on by hand is
     folded in too.
 
+    Args:
+        model: a module with companded weights.
+
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
         ValueError: it has no companded weight; one of them has another parametrization on top. The model is left as it
             was.
+
+    Source: as of :func:`compand`.
 
     Example:
         >>> model = torch.nn.Linear(8, 4)
@@ -184,7 +190,7 @@ def decompand(model: nn.Module) -> None:
 
 
 def _companders(
-    weights: list[Weight], a: Tensor, b: Tensor, learnable: bool, kind: str, per: str, clamp: bool
+    weights: list[Weight], a: Tensor, b: Tensor, learnable: bool, kind: Kind, per: str, clamp: bool
 ) -> list[CompandedWeight]:
     params = [weight.param for weight in weights]
     devices = list(dict.fromkeys(str(param.device) for param in params))

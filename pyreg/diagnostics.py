@@ -21,21 +21,33 @@ IGNORED = -100  # the ignore_index of torch.nn.functional.cross_entropy
 def softmax_collapse_rate(logits: Tensor, target: Tensor) -> Tensor:
     """The share of samples whose softmax cross-entropy is exactly 0 in the dtype of the logits.
 
+    .. code-block:: text
+
         rate = #{n : log(sum_k exp(z_nk)) - z_ny == 0} / N
 
     Softmax collapse: rounding absorbs the other classes, so the sample stops pulling its logit away from theirs. The
-    loss is torch's own, `F.cross_entropy`, so that bf16 and fp16 count as the kernel that trains on them rounds.
+    loss is torch's own, ``F.cross_entropy``, so that bf16 and fp16 count as the kernel that trains on them rounds.
 
     Args:
-        logits: `[N, C]`, any floating dtype.
-        target: `[N]`, int64 class indices in `[0, C)`. Rows with the index -100 are left out of both counts.
+        logits: ``[N, C]``, any floating dtype.
+        target: ``[N]``, int64 class indices in ``[0, C)``. Rows with the index -100 are left out of both counts.
 
     Returns:
         A 0-d fp32 tensor on the device of the logits, in [0, 1]; NaN if there is no row to count.
 
+    Gradient:
+        None: it runs under ``torch.no_grad``.
+
     Raises:
         TypeError: logits that are not floating, target that is not int64.
-        ValueError: any other shape, or an index outside `[0, C)`. This check waits for the device.
+        ValueError: any other shape, or an index outside ``[0, C)``. This check waits for the device.
+
+    Source: Prieto et al., "Grokking at the Edge of Numerical Stability", arXiv 2501.04697.
+
+    Example:
+        >>> logits = torch.tensor([[20.0, 0.0], [2.0, 0.0]])
+        >>> pyreg.diagnostics.softmax_collapse_rate(logits, torch.tensor([0, 0]))
+        tensor(0.5000)
     """
     name = "softmax_collapse_rate"
     if not logits.is_floating_point():
@@ -63,7 +75,7 @@ def softmax_collapse_rate(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class NaiveLossMinimization(NamedTuple):
-    """Cosines between the descent step and the weights; see `naive_loss_minimization_alignment`."""
+    """Cosines between the descent step and the weights; see ``naive_loss_minimization_alignment``."""
 
     per_tensor: list[Tensor | None]  # 0-d each, in the order of the parameters; None where there is no gradient
     overall: Tensor  # 0-d
@@ -73,6 +85,8 @@ class NaiveLossMinimization(NamedTuple):
 def naive_loss_minimization_alignment(params: Iterable[Tensor] | Tensor) -> NaiveLossMinimization:
     """Cosine between the descent step, minus the gradient, and the weights.
 
+    .. code-block:: text
+
         alignment = -(w.g) / (|w| |g|)
 
     +1: the step only scales the weights up, which lowers the cross-entropy of samples that are already right and
@@ -80,16 +94,27 @@ def naive_loss_minimization_alignment(params: Iterable[Tensor] | Tensor) -> Naiv
     orthogonal to the weights, as OrthoGrad makes it. -1: the step only shrinks them.
 
     Args:
-        params: parameters after `backward`, as from `model.parameters()`, of any shapes.
+        params: parameters after ``backward``, as from ``model.parameters()``, of any shapes.
 
     Returns:
-        `per_tensor`: the cosine of every parameter, flattened, and None for a parameter without a gradient.
-        `overall`: the cosine of all parameters that have a gradient, taken as one vector.
+        ``per_tensor``: the cosine of every parameter, flattened, and None for a parameter without a gradient.
+        ``overall``: the cosine of all parameters that have a gradient, taken as one vector.
         Cosines are fp32, or fp64 for fp64 parameters; 0 where the weights or the gradient are zero.
+
+    Gradient:
+        None: it runs under ``torch.no_grad``.
 
     Raises:
         TypeError: an item that is not a tensor.
         ValueError: no parameter has a gradient, or one has a sparse gradient.
+
+    Source: Prieto et al., "Grokking at the Edge of Numerical Stability", arXiv 2501.04697.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> w.grad = torch.tensor([-3.0, -4.0])
+        >>> pyreg.diagnostics.naive_loss_minimization_alignment([w]).overall
+        tensor(1.)
     """
     name = "naive_loss_minimization_alignment"
     if isinstance(params, torch.nn.Module):

@@ -12,6 +12,7 @@ from pyreg import functional
 from pyreg.ops import samples_loss
 from pyreg.ops._checks import check_number
 from pyreg.ops._library import accumulate_dtype
+from pyreg.ops._options import CostName, Kind, Reduction, Variant
 from pyreg.ops.partial_transport import check_mass
 from pyreg.ops.weight_compander import KINDS
 
@@ -31,6 +32,10 @@ __all__ = [
     "SupConLoss",
     "WeightCompander",
 ]
+
+
+# To type checkers a call of ``torch.nn.Module`` takes and returns anything. Modules here are called as their forward
+# is.
 
 
 class StableMaxCrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -74,14 +79,18 @@ class StableMaxCrossEntropyLoss(torch.nn.CrossEntropyLoss):
             num_classes=self.num_classes,
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class LinearStableMaxCrossEntropyLoss(torch.nn.Module):
     """A linear layer and its StableMax cross-entropy in one: the head of a language model without its logits. In place
     of :class:`torch.nn.LinearCrossEntropyLoss`, whose constructor it has.
 
     The layer is the attribute ``linear``; tie it to an embedding by ``loss.linear.weight = embedding.weight``, and take
-    logits where they are wanted, as in generation, by ``loss.linear(hidden)``. Formula, shapes, dtypes, errors and
-    gradients: :func:`pyreg.functional.linear_stablemax_cross_entropy`.
+    logits where they are wanted, as in generation, by ``loss.linear(hidden)``.
+
+    Formula, shapes, dtypes, errors and gradients: :func:`pyreg.functional.linear_stablemax_cross_entropy`.
 
     Args:
         in_features: features ``H`` of the input ``[..., H]``.
@@ -92,8 +101,8 @@ class LinearStableMaxCrossEntropyLoss(torch.nn.Module):
         reduction, ignore_index, label_smoothing: as in :class:`torch.nn.CrossEntropyLoss`.
 
     Example:
-        >>> head = pyreg.nn.LinearStableMaxCrossEntropyLoss(1024, 32000)
-        >>> head(torch.randn(2, 256, 1024), torch.randint(32000, (2, 256))).backward()
+        >>> head = pyreg.nn.LinearStableMaxCrossEntropyLoss(64, 8000)
+        >>> head(torch.randn(2, 128, 64), torch.randint(8000, (2, 128))).backward()
     """
 
     weight: Tensor | None
@@ -128,6 +137,9 @@ class LinearStableMaxCrossEntropyLoss(torch.nn.Module):
             label_smoothing=self.label_smoothing,
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def extra_repr(self) -> str:
         return f"reduction={self.reduction}, ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"
 
@@ -152,9 +164,9 @@ class ConRLoss(torch.nn.Module):
         window: float = 1.0,
         temperature: float = 0.07,
         eta: float = 0.01,
-        variant: str = "paper",
+        variant: Variant = "paper",
         label_norm: float = 2,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: dist.ProcessGroup | bool | None = None,
     ) -> None:
         super().__init__()
@@ -175,6 +187,9 @@ class ConRLoss(torch.nn.Module):
             reduction=self.reduction,
             group=self.group,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (
@@ -198,7 +213,7 @@ class SupConLoss(torch.nn.Module):
         *,
         temperature: float = 0.1,
         normalize: bool = True,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: dist.ProcessGroup | bool | None = None,
     ) -> None:
         super().__init__()
@@ -213,6 +228,9 @@ class SupConLoss(torch.nn.Module):
             reduction=self.reduction,
             group=self.group,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (
@@ -237,7 +255,7 @@ class InfoNCELoss(torch.nn.Module):
         temperature: float = 0.07,
         normalize: bool = True,
         symmetric: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         group: dist.ProcessGroup | bool | None = None,
     ) -> None:
         super().__init__()
@@ -256,6 +274,9 @@ class InfoNCELoss(torch.nn.Module):
             reduction=self.reduction,
             group=self.group,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (
@@ -281,7 +302,7 @@ class MongeGap(torch.nn.Module):
         *,
         epsilon: float | None = None,
         relative_epsilon: float | None = None,
-        cost: str | Callable[[Tensor, Tensor], Tensor] = "sqeuclidean",
+        cost: CostName | Callable[[Tensor, Tensor], Tensor] = "sqeuclidean",
         max_iter: int = 2000,
         tol: float = 1e-3,
         epsilon_scaling: float | None = None,
@@ -303,6 +324,9 @@ class MongeGap(torch.nn.Module):
             epsilon_scaling=self.epsilon_scaling,
             streaming=self.streaming,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         cost = self.cost if isinstance(self.cost, str) else getattr(self.cost, "__name__", type(self.cost).__name__)
@@ -346,8 +370,8 @@ class SamplesLoss(torch.nn.Module):
         potentials: whether the loss's potentials are returned in its place.
         truncate, verbose, backend: accepted, and without meaning: there is one exact way.
         cost, kernel, cluster_scale: None.
-        exact_gradient: of no meaning without ``reach``. With it, geomloss's gradient by x and y is ``(rho + eps / 2) /
-            (rho + eps)`` of the loss's own, and so is this one; True gives that of the loss.
+        exact_gradient: of no meaning without ``reach``. With it, geomloss's gradient by x and y is
+            ``(rho + eps / 2) / (rho + eps)`` of the loss's own, and so is this one; True gives that of the loss.
 
     Shape:
         Called as ``(x, y)`` or ``(a, x, b, y)`` with x ``[n, d]`` or ``[B, n, d]`` and weights a ``[n]``, ``[n, 1]``,
@@ -397,9 +421,13 @@ class SamplesLoss(torch.nn.Module):
         self.debias, self.potentials, self.verbose, self.backend = debias, potentials, verbose, backend
         self.exact_gradient = exact_gradient
 
-    def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    # To type checkers the potentials are Any, so that a loss is called without a question which of both it returns.
+    def forward(self, *args: Tensor) -> Tensor | Any:
         options = samples_loss.checked(self.p, self.blur, self.reach, self.diameter, self.scaling, self.debias)
         return samples_loss.samples_loss(args, options, self.potentials, self.exact_gradient)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (
@@ -535,6 +563,9 @@ class ProgressivePseudoLabels(torch.nn.Module):
             self._steps += 1
         return labels
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _labels(self, logits: Tensor, features: Tensor | None) -> Tensor:
         if len(logits) < self.num_classes:
             return logits.new_zeros(logits.shape, dtype=accumulate_dtype(logits.dtype))
@@ -659,7 +690,7 @@ class WeightCompander(torch.nn.Module):
         a: Tensor | float = 0.5,
         b: Tensor | float = 1.0,
         learnable: bool = True,
-        kind: str = "arctan",
+        kind: Kind = "arctan",
         clamp: bool = False,
     ) -> None:
         super().__init__()
@@ -675,6 +706,9 @@ class WeightCompander(torch.nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         return functional.weight_compander(v, self.a, self.b, self.kind)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def right_inverse(self, w: Tensor) -> Tensor:
         """The ``v`` that gives the weight ``w``."""

@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from pyreg.nn import WeightCompander
+from pyreg.ops._options import DecayOn
 from pyreg.ops.orthograd import orthogonalize_gradients_
 from pyreg.ops.weight_compander import rescale_steps_, to_weight_gradients_
 
@@ -251,7 +252,7 @@ class CompandedOptimizer(_Wrapper):
         base_optimizer_cls: Callable[..., Optimizer] = Adam,
         *,
         decay: float = 0.0,
-        decay_on: str = "w",
+        decay_on: DecayOn = "w",
         **base_kwargs: Any,
     ) -> None:
         if not isinstance(model, torch.nn.Module):

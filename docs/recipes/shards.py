@@ -1,4 +1,4 @@
-"""Two processes, each with half of a model's classes and parameters and half of a cloud's points, compute what one does.
+"""Two processes, each with half of a model's classes and parameters and of a cloud's points, compute what one does.
 
 torchrun --nproc-per-node 2 shards.py
 """

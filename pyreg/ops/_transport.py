@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,7 +135,8 @@ class Transport:
 
     # ---- methods ----
 
-    def plan(self) -> Tensor | list[Tensor]:
+    # To type checkers a list is Any: with ``Tensor | list[Tensor]`` every use of a plan would have to ask which it is.
+    def plan(self) -> Tensor | Any:
         """``P [..., n, m]``, held as a whole; of a ragged batch a list of ``[n, m]``.
 
         Raises:

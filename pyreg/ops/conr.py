@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyreg.ops import _checks, _contrastive, _library, _pairs, _ranks
+from pyreg.ops._options import Reduction, Variant
 from pyreg.reference import conr as reference
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ def conr_loss(
     temperature: float = 0.07,
     eta: float = 0.01,
     weights: Tensor | None = None,
-    variant: str = "paper",
+    variant: Variant = "paper",
     label_norm: float = 2,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: dist.ProcessGroup | bool | None = None,
 ) -> Tensor:
     r"""ConR, the contrastive regularizer for deep imbalanced regression: samples with close labels attract each other;

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyreg.ops import _checks, _contrastive, _library, _ranks
+from pyreg.ops._options import Reduction
 from pyreg.reference import info_nce as reference
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def info_nce(
     symmetric: bool = False,
     log_q: Tensor | None = None,
     ids: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: dist.ProcessGroup | bool | None = None,
 ) -> Tensor:
     r"""InfoNCE with in-batch negatives: query i is to find key i among all keys. In place of

@@ -75,8 +75,8 @@ def linear_stablemax_cross_entropy(
     Source: Prieto et al., "Grokking at the Edge of Numerical Stability", arXiv 2501.04697.
 
     Example:
-        >>> hidden, head = torch.randn(4096, 1024), torch.nn.Linear(1024, 32000, bias=False)
-        >>> target = torch.randint(32000, (4096,))
+        >>> hidden, head = torch.randn(256, 64), torch.nn.Linear(64, 8000, bias=False)
+        >>> target = torch.randint(8000, (256,))
         >>> pyreg.functional.linear_stablemax_cross_entropy(hidden, head.weight, target).backward()
     """
     code = _library.reduction_code(_NAME, reduction)

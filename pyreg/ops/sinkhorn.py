@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyreg.ops import _checks, _library, _pairwise_cost, _ranks
 from pyreg.ops._dense_cost import DenseCost
+from pyreg.ops._options import CostName, Reference
 from pyreg.ops._point_cost import PointCost
 from pyreg.ops._point_shards import ShardedEntries, ShardedPointCost
 from pyreg.ops._problems import Entries, Problems, RaggedEntries
@@ -23,7 +24,7 @@ from pyreg.ops._transport import Transport
 from pyreg.ops._transport_problem import Number, Options, Start, solve, solve_sides
 
 Offsets = Tensor | Sequence[int]
-Cost = str | Callable[[Tensor, Tensor], Tensor]
+Cost = CostName | Callable[[Tensor, Tensor], Tensor]
 
 
 # ---- public functions ----
@@ -38,7 +39,7 @@ def sinkhorn(
     relative_epsilon: float | None = None,
     rho_a: Number | None = None,
     rho_b: Number | None = None,
-    reference: str = "product",
+    reference: Reference = "product",
     max_iter: int = 1000,
     tol: float = 1e-6,
     epsilon_scaling: float | None = None,
@@ -69,15 +70,17 @@ def sinkhorn(
             (``[m]``, ``[..., m]``) with one for each entry. ``inf`` and None: the marginal must hold.
         reference: ``"product"`` or ``"counting"``, see above.
         max_iter: at least 1; the iterations of all stages of epsilon.
-        tol: what :attr:`Transport.marginal_error` has to come down to; 0 makes all iterations, and warns of nothing.
+        tol: what :attr:`~pyreg.transport.Transport.marginal_error` has to come down to; 0 makes all iterations, and
+            warns of nothing.
         epsilon_scaling: a factor between 0 and 1: the first iterations are made at an epsilon of the cost's range,
             which is multiplied by the factor every few of them until it is epsilon. Small epsilons come near their
             solution in a fraction of the iterations so; the last digits take as many as without.
-        init: where to begin: the :class:`Transport` of a similar problem, or potentials ``(f, g)`` as it has them.
+        init: where to begin: the :class:`~pyreg.transport.Transport` of a similar problem, or potentials ``(f, g)`` as
+            it has them.
 
     Returns:
-        :class:`Transport`, which has the value, the potentials, the plan and what is computed with it. Iterations are
-        made in float64 for float64 costs and in float32 otherwise, potentials and value kept in float64.
+        :class:`~pyreg.transport.Transport`, which has the value, the potentials, the plan and what is computed with it.
+        Iterations are made in float64 for float64 costs and in float32 otherwise, potentials and value kept in float64.
 
     Gradient:
         Of everything in the result with respect to ``cost``, ``a`` and ``b``, to any order; ``epsilon`` and the
@@ -132,7 +135,7 @@ def sinkhorn_points(
     relative_epsilon: float | None = None,
     rho_a: Number | None = None,
     rho_b: Number | None = None,
-    reference: str = "product",
+    reference: Reference = "product",
     max_iter: int = 1000,
     tol: float = 1e-6,
     epsilon_scaling: float | None = None,
@@ -174,9 +177,9 @@ def sinkhorn_points(
             anew in each.
 
     Returns:
-        :class:`Transport`; its ``barycentric_map()`` needs no points, its ``map()`` takes new ones. Of ``group`` what
-        goes with rows is that of this rank's rows, and everything else that of all rows: all ranks have to ask for
-        ``marginals``, ``apply_transpose()`` and ``transport_cost()`` together.
+        :class:`~pyreg.transport.Transport`; its ``barycentric_map()`` needs no points, its ``map()`` takes new ones. Of
+        ``group`` what goes with rows is that of this rank's rows, and everything else that of all rows: all ranks have
+        to ask for ``marginals``, ``apply_transpose()`` and ``transport_cost()`` together.
 
     Gradient:
         With respect to ``x``, ``y``, ``a`` and ``b``, to any order, as of :func:`sinkhorn`:
@@ -188,6 +191,11 @@ def sinkhorn_points(
         ValueError, TypeError: as of :func:`sinkhorn`; dimensions of points that differ or are 0, clouds without points,
             NaN or infinite coordinates, offsets that do not fit; a function for cost that does not return such costs,
             or comes with offsets or ``streaming=True``.
+
+    Warns:
+        pyreg.transport.ConvergenceWarning: as of :func:`sinkhorn`.
+
+    Source: as of :func:`sinkhorn`.
 
     Example:
         >>> x, y = torch.randn(50, 2, requires_grad=True), torch.randn(60, 2)

@@ -62,13 +62,25 @@ def log_stablemax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None
 
         log_stablemax(x)_j = log(s(x_j) / S);   of the largest class -log1p((S - s_max) / s_max)
 
-    so that the result keeps its digits however dominant one class is. Arguments, dtypes and errors are those of
-    :func:`stablemax`; a class at ``-inf`` gives ``-inf``.
+    so that the result keeps its digits however dominant one class is.
+
+    Args:
+        input, dim, dtype: as of :func:`stablemax`; a class at ``-inf`` gives ``-inf``.
+
+    Returns:
+        A contiguous tensor of the input's shape. Sums are kept in float32, in float64 for float64.
 
     Gradient:
         ``dx_j = (g_j - p_j sum_k g_k) / (1 + |x_j|)``, differentiable to any order.
 
-    Source: arXiv 2501.04697.
+    Raises:
+        TypeError, IndexError: as of :func:`stablemax`.
+
+    Source: Prieto et al., "Grokking at the Edge of Numerical Stability", arXiv 2501.04697.
+
+    Example:
+        >>> pyreg.functional.log_stablemax(torch.tensor([0.0, 1.0, -1.0]))
+        tensor([-1.2528, -0.5596, -1.9459])
     """
     return _rows("log_stablemax", input, dim, dtype)
 
@@ -126,7 +138,14 @@ def stablemax_cross_entropy(
         IndexError: a class index outside ``[0, C)``. On CUDA it makes that row's loss and gradient NaN instead;
             ``PYREG_CHECKS=1`` in the environment raises there too, at the price of waiting for the GPU.
 
-    Source: arXiv 2501.04697.
+    Source: Prieto et al., "Grokking at the Edge of Numerical Stability", arXiv 2501.04697.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 0.0]], requires_grad=True)  # s = [2, 1]
+        >>> loss = pyreg.functional.stablemax_cross_entropy(logits, torch.tensor([0]))
+        >>> loss.backward()
+        >>> loss.detach(), logits.grad  # log 1.5, and 1 / 3 - 1 / 2 and 1 / 3
+        (tensor(0.4055), tensor([[-0.1667,  0.3333]]))
     """
     if group is None and num_classes is None:
         return _cross_entropy(
@@ -148,14 +167,36 @@ def stablemax_cross_entropy_(
 ) -> Tensor:
     r""":func:`stablemax_cross_entropy` that spends the logits: their memory receives their gradient.
 
-    Loss and gradient are formed in one pass over the logits and no second ``[N, C]`` tensor exists. ``input`` must be
-    contiguous, and the result of an operation, not a leaf; nothing else may use its values afterwards (autograd
-    notices a backward pass that would). ``target`` holds class indices. Where no gradient is needed, under
+    .. code-block:: text
+
+        loss = stablemax_cross_entropy(input, target),    input <- dloss / dinput
+
+    in one pass over the logits; no second ``[N, C]`` tensor exists. Where no gradient is needed, under
     ``torch.compile``, and in float16, whose gradients need the loss scale before they are rounded, the logits are left
     alone.
 
-    The gradient can be asked for once: a second backward pass (``retain_graph=True``) and second order raise a
-    ``RuntimeError``.
+    Args:
+        input: logits as of :func:`stablemax_cross_entropy`, contiguous, and the result of an operation, not a leaf;
+            nothing else may use their values afterwards (autograd notices a backward pass that would).
+        target: class indices.
+        weight, ignore_index, reduction, label_smoothing: as of :func:`stablemax_cross_entropy`.
+
+    Returns:
+        The loss, as of :func:`stablemax_cross_entropy`.
+
+    Gradient:
+        Of first order, and asked for once: it lies in the memory of the logits.
+
+    Raises:
+        ValueError, TypeError, IndexError: as of :func:`stablemax_cross_entropy`; probabilities as target; logits that
+            are a leaf or not contiguous.
+        RuntimeError: a second backward pass (``retain_graph=True``), or second order.
+
+    Source: Prieto et al., "Grokking at the Edge of Numerical Stability", arXiv 2501.04697.
+
+    Example:
+        >>> layer, x = torch.nn.Linear(8, 113), torch.randn(16, 8)
+        >>> pyreg.functional.stablemax_cross_entropy_(layer(x), torch.randint(113, (16,))).backward()
     """
     return _cross_entropy(
         "stablemax_cross_entropy_", input, target, weight, ignore_index, reduction, label_smoothing, in_place=True

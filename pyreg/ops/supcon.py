@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pyreg.ops import _contrastive, _library, _ranks
+from pyreg.ops._options import Reduction
 from pyreg.reference import supcon as reference
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def supcon_loss(
     *,
     temperature: float = 0.1,
     normalize: bool = True,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: dist.ProcessGroup | bool | None = None,
 ) -> Tensor:
     r"""The supervised contrastive loss: samples of the same label attract each other, all others repel.

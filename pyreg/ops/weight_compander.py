@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyreg.ops import _library
+from pyreg.ops._options import Kind
 from pyreg.reference import weight_compander as reference
 
 KINDS = ("arctan", "arsinh", "erf")
@@ -25,7 +26,7 @@ Constant = Tensor | float  # a or b of one tensor
 # ---- public functions ----
 
 
-def weight_compander(v: Tensor, a: Constant, b: Constant, kind: str = "arctan") -> Tensor:
+def weight_compander(v: Tensor, a: Constant, b: Constant, kind: Kind = "arctan") -> Tensor:
     r"""Weights as a saturating function of the values that are trained.
 
     .. code-block:: text
@@ -72,7 +73,7 @@ def weight_compander(v: Tensor, a: Constant, b: Constant, kind: str = "arctan") 
     return _companders("weight_compander", (v,), (a,), (b,), kind)[0]
 
 
-def weight_compander_inverse(w: Tensor, a: Constant, b: Constant, kind: str = "arctan", clamp: bool = False) -> Tensor:
+def weight_compander_inverse(w: Tensor, a: Constant, b: Constant, kind: Kind = "arctan", clamp: bool = False) -> Tensor:
     r"""The ``v`` that :func:`weight_compander` maps to ``w``: how companded weights are initialised.
 
     .. code-block:: text
