@@ -182,12 +182,13 @@ class SymmetricLoss:
         features, *others, statistics, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():
             return self._dense_gradient(ctx, grad_loss, features, others), *no_others
-        if ctx.once:
-            gradient = ctx.gradient
-        if ctx.with_gradient and gradient is not None:
+        if ctx.with_gradient:
+            if ctx.once:
+                gradient = _library.take(ctx, "gradient")
+            if gradient is None:  # another pass had it: formed again in the same way, it has the same bits
+                options = (ctx.reduction, ctx.loss_dtype, 0, ALL_ROWS, True)
+                gradient = self.forward(features, *others, *ctx.numbers, *options)[2]
             is_last = ctx.once and not _library.is_batched(grad_loss)
-            if is_last:
-                ctx.gradient = None
             return scaled(gradient, grad_loss, is_last).to(features.dtype), *no_others
         rows = self.upstream(grad_loss, statistics, ctx.reduction)
         return self.backward(rows, features, *others, statistics, *ctx.numbers, 0, ALL_ROWS), *no_others
