@@ -64,7 +64,7 @@ native := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 # Where ARGS choose tests, a lane may have none of them: pytest's status 5.
 maybe_none := $(if $(ARGS),|| [ $$? -eq 5 ])
 
-.PHONY: help test demo bench wheel cuda gpu lint format env clean FORCE
+.PHONY: help test demo soak bench wheel cuda gpu lint format env clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
@@ -76,6 +76,10 @@ test: .venv/pyreg ## every test: CPU kernels, then Triton kernels interpreted an
 
 demo: .venv/pyreg ## run the examples with the fused operators; EXAMPLE=compander for one of them
 	for example in $(EXAMPLE); do $(python) examples/$$example.py $(ARGS); done
+
+STEPS ?= 10000
+soak: .venv/pyreg ## long trainings of every family: memory and drift; STEPS=10000, ARGS="sinkhorn conr" for some
+	$(python) -m tests.soak --steps $(STEPS) $(ARGS)
 
 bench: .venv/pyreg ## time every operator beside its rivals and its floor; ARGS=--quick
 	$(python) -m bench $(ARGS)
