@@ -94,6 +94,12 @@ def loss_of_no_rows(features: Tensor, reduction: int) -> Tensor:
     return rows if reduction == 0 else rows.sum()
 
 
+def forms_gradients() -> bool:
+    """Whether a forward pass may form gradients too. Not in an exported program, which is one for any number of rows,
+    and seldom goes backward."""
+    return torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
 def scaled(gradient: Tensor, grad_loss: Tensor, is_last: bool) -> Tensor:
     """A gradient formed in the forward pass times the upstream one; in its memory if nobody needs it again."""
     if not is_last:
@@ -158,8 +164,8 @@ class SymmetricLoss:
         self._differentiable = _library.differentiable(name, setup_context=self._setup, backward=self._backward)
 
     def __call__(self, features: Tensor, others: Tensors, numbers: tuple[Any, ...], reduction: int) -> Tensor:
-        needs_grad = features.requires_grad and torch.is_grad_enabled()
-        with_gradient = needs_grad and features.shape[0] <= HELD_ROWS and reduction != 0
+        is_formed = features.requires_grad and reduction != 0 and forms_gradients()
+        with_gradient = is_formed and features.shape[0] <= HELD_ROWS
         options = (reduction, loss_dtype(features), 0, ALL_ROWS, with_gradient)
         return self._differentiable(features, *others, *numbers, *options)[0]  # type: ignore[no-any-return]
 

@@ -102,7 +102,8 @@ def info_nce(
         return _contrastive.loss_of_no_rows(q, code) + k[:0].sum()  # which leads to k
     query_ids = None if ids is None else ids[: q.shape[0]]
     with_gradient = [False, False]
-    if code != 0 and q.is_cpu and torch.is_grad_enabled() and (not symmetric or len(q) <= _contrastive.HELD_ROWS):
+    is_formed = code != 0 and q.is_cpu and _contrastive.forms_gradients()
+    if is_formed and (not symmetric or q.shape[0] <= _contrastive.HELD_ROWS):
         with_gradient = [q.requires_grad, k.requires_grad]
     options = (temperature, bool(normalize), True, bool(symmetric), 0, code, _contrastive.loss_dtype(q), with_gradient)
     return _differentiable(q, k, log_q, query_ids, ids, *options)[0]  # type: ignore[no-any-return]
