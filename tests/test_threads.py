@@ -66,21 +66,22 @@ def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor], what: str)
 @pytest.mark.not_emulated
 @pytest.mark.parametrize("name", CALLS)
 def test_called_from_many_threads_at_once(device: torch.device, name: str) -> None:
-    """Each thread calls the operator, goes backward on that graph, and on one that the main thread has built; the main
-    thread goes backward on graphs of threads that have ended."""
+    """One half of the threads call the operator and go backward; the others go backward on graphs that the main thread
+    has built, and build graphs for it."""
     call = CALLS[name]
     expected = [call(seed, device).with_gradients() for seed in range(THREADS)]
     assert not torch.equal(expected[0][0], expected[1][0]) or name == "collapse_rate"
-    graphs = [call(seed, device) for seed in range(THREADS)]
+    graphs = {seed: call(seed, device) for seed in range(1, THREADS, 2)}
 
-    def task(seed: int) -> tuple[list[Tensor], list[Tensor], Computed]:
-        return call(seed, device).with_gradients(), graphs[seed].with_gradients(), call(seed, device)
+    def task(seed: int) -> tuple[list[Tensor], Computed | None]:
+        if seed not in graphs:
+            return call(seed, device).with_gradients(), None
+        return graphs[seed].with_gradients(), call(seed, device)
 
-    found = at_once([lambda seed=seed: task(seed) for seed in range(THREADS)])
-    for seed, (own, of_main, built) in enumerate(found):
-        assert_same(own, expected[seed], f"seed {seed}, all in one thread")
-        assert_same(of_main, expected[seed], f"seed {seed}, backward alone in a thread")
-        assert_same(built.with_gradients(), expected[seed], f"seed {seed}, forward alone in a thread")
+    for seed, (found, built) in enumerate(at_once([lambda seed=seed: task(seed) for seed in range(THREADS)])):
+        assert_same(found, expected[seed], f"seed {seed}, backward in a thread")
+        if built is not None:
+            assert_same(built.with_gradients(), expected[seed], f"seed {seed}, forward alone in a thread")
 
 
 @pytest.mark.not_emulated
