@@ -70,7 +70,7 @@ shared := -n $(JOBS) --dist loadfile
 # Where ARGS choose tests, a lane may have none of them: pytest's status 5.
 maybe_none := $(if $(ARGS),|| [ $$? -eq 5 ])
 
-.PHONY: help test demo bench tables docs wheel cuda gpu lint format env clean FORCE
+.PHONY: help test demo soak bench tables docs wheel cuda gpu lint format env clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
@@ -82,6 +82,10 @@ test: .venv/pyreg ## every test: CPU kernels, then Triton kernels interpreted an
 
 demo: .venv/pyreg ## run the examples with the fused operators; EXAMPLE=compander for one of them
 	for example in $(EXAMPLE); do $(python) examples/$$example.py $(ARGS); done
+
+STEPS ?= 10000
+soak: .venv/pyreg ## long trainings of every family: memory and drift; STEPS=10000, ARGS="sinkhorn conr" for some
+	$(python) -m tests.soak --steps $(STEPS) $(ARGS)
 
 bench: .venv/pyreg ## time every operator beside its rivals and its floor, 15 minutes; ARGS=--quick, 3 minutes
 	$(python) -m bench $(ARGS)

@@ -148,6 +148,10 @@ def batches(images: Images, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield images.x[part], images.y[part]
 
 
+def objective(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> float:
     return (model(images.x).argmax(1) == images.y).float().mean().item()
@@ -167,7 +171,7 @@ def train(
     for epoch in range(epochs):
         for x, y in batches(data.train, 1000 * seed + epoch):
             model.zero_grad()
-            loss = F.cross_entropy(model(x), y)
+            loss = objective(model, x, y)
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()

@@ -110,10 +110,13 @@ class Run:
     test_accuracy: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.criterion(self.model(x), y)
+
     def step(self, data: Data) -> None:
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        loss = self.criterion(self.model(data.train_x), data.train_y)
+        loss = self.loss(data.train_x, data.train_y)
         loss.backward()
         self.optimizer.step()
         self.losses.append(loss.item())  # waits for the device, so the clock covers the work

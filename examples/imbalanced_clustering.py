@@ -59,6 +59,7 @@ VIEW_TEMPERATURE = 0.2  # of InfoNCE
 HEAD_TEMPERATURE = 0.1  # of logits, which are cosines divided by it
 EPSILON, GAMMA, START_MASS, SEMANTIC_WEIGHT = 0.1, 1.0, 0.1, 0.5
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of rows and the features of their two views
 Labelling = Callable[[Tensor, Tensor], Tensor]  # logits [N, K] and features [N, D] to pseudo-labels [N, K]
 
 
@@ -181,14 +182,11 @@ def matched(clusters: Tensor, truth: Tensor) -> Tensor:
     return torch.tensor(classes)[clusters]
 
 
-def minimise(
-    model: Clusterer,
-    samples: Samples,
-    epochs: int,
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
-    before_epoch: Callable[[], None],
-) -> None:
-    """The loss of rows and the features of their two views."""
+def objective(model: Clusterer, loss: Loss, rows: Tensor, views: Tensor) -> Tensor:
+    return loss(rows, *model(views).chunk(2))
+
+
+def minimise(model: Clusterer, samples: Samples, epochs: int, loss: Loss, before_epoch: Callable[[], None]) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
@@ -198,8 +196,7 @@ def minimise(
             if len(rows) < CLASSES:
                 continue  # too few for the statistics of a batch
             rows = rows.to(samples.y.device)
-            features = model(torch.cat([view(samples.x[rows]), view(samples.x[rows])]))
-            value = loss(rows, *features.chunk(2))
+            value = objective(model, loss, rows, torch.cat([view(samples.x[rows]), view(samples.x[rows])]))
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

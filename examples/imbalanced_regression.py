@@ -200,6 +200,17 @@ class Run:
         return z @ z.t()
 
 
+def objective(model: Regressor, batch: Samples, conr: ConR | None, label_range: float) -> Tensor:
+    features, preds = model(batch.x)
+    loss = F.l1_loss(preds, batch.y) / model.std
+    if conr is None:
+        return loss
+    window = conr.window * label_range
+    return loss + conr.weight * conr_loss(
+        features, batch.y, preds.detach(), window=window, temperature=conr.temperature
+    )
+
+
 def train(
     task: Task, conr: ConR | None, seed: int, epochs: int, device: str, on_epoch: Callable[[], None] = lambda: None
 ) -> Run:
@@ -211,13 +222,8 @@ def train(
     for _ in range(epochs):
         for rows in torch.randperm(len(data.train.y)).split(BATCH):
             batch = data.train.take(rows.repeat(2).to(device))
-            features, preds = model(batch.x + NOISE * torch.randn_like(batch.x))
-            loss = F.l1_loss(preds, batch.y) / model.std
-            if conr is not None:
-                window = conr.window * task.label_range
-                loss = loss + conr.weight * conr_loss(
-                    features, batch.y, preds.detach(), window=window, temperature=conr.temperature
-                )
+            noisy = Samples(batch.x + NOISE * torch.randn_like(batch.x), batch.y)
+            loss = objective(model, noisy, conr, task.label_range)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

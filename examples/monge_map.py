@@ -156,10 +156,19 @@ class Residual(nn.Module):
         return x + self.layers(x)
 
 
+def objective(model: nn.Module, source: Tensor, target: Tensor, weight: float, epsilon: float) -> Tensor:
+    """Divergence + weight * Monge gap; without the gap for a weight of 0."""
+    mapped = model(source)
+    loss = sinkhorn_divergence(mapped, target, epsilon=epsilon, **TOLERANCE)
+    if weight > 0:
+        loss = loss + weight * monge_gap(source, mapped, epsilon=epsilon, **TOLERANCE)
+    return loss
+
+
 def train(
     problem: Problem, seed: int, weight: float, epsilon: float, steps: int, on_step: Callable[[], None] = lambda: None
 ) -> Map:
-    """The map that minimises divergence + weight * Monge gap; without the gap for a weight of 0."""
+    """The map that minimises the objective."""
     torch.manual_seed(seed)
     x, y = problem.train.x, problem.train.y
     model = Residual(x.shape[1]).to(x.device)
@@ -167,10 +176,7 @@ def train(
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         source, target = (points[torch.randperm(len(points))[:BATCH].to(x.device)] for points in (x, y))
-        mapped = model(source)
-        loss = sinkhorn_divergence(mapped, target, epsilon=epsilon, **TOLERANCE)
-        if weight > 0:
-            loss = loss + weight * monge_gap(source, mapped, epsilon=epsilon, **TOLERANCE)
+        loss = objective(model, source, target, weight, epsilon)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -52,7 +52,10 @@ class JointResult:
 class CompandedWeight(WeightCompander):
     """The :class:`pyreg.nn.WeightCompander` of a weight that a :class:`JointPass` may have computed already."""
 
-    joint: JointResult | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Of the module itself from the start on: a graph that was compiled without it would not do for the next call.
+        self.joint: JointResult | None = None
 
     def forward(self, v: Tensor) -> Tensor:
         joint = self.joint  # another thread may take it away

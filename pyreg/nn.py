@@ -82,6 +82,9 @@ class StableMaxCrossEntropyLoss(torch.nn.CrossEntropyLoss):
     if TYPE_CHECKING:
         __call__ = forward
 
+    def extra_repr(self) -> str:
+        return _cross_entropy_repr(self) + _group_repr(self.group)
+
 
 class LinearStableMaxCrossEntropyLoss(torch.nn.Module):
     """A linear layer and its StableMax cross-entropy in one: the head of a language model without its logits. In place
@@ -141,7 +144,13 @@ class LinearStableMaxCrossEntropyLoss(torch.nn.Module):
         __call__ = forward
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction}, ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"
+        return _cross_entropy_repr(self)
+
+
+def _cross_entropy_repr(loss: StableMaxCrossEntropyLoss | LinearStableMaxCrossEntropyLoss) -> str:
+    return f"reduction={loss.reduction!r}, ignore_index={loss.ignore_index}, label_smoothing={loss.label_smoothing}" + (
+        "" if loss.weight is None else f", weight=[{loss.weight.shape[0]}]"
+    )
 
 
 class ConRLoss(torch.nn.Module):
@@ -470,7 +479,9 @@ class ProgressivePseudoLabels(torch.nn.Module):
         cosines. Labels: ``[n, k]``, those of the batch alone; float64 for float64 logits, else float32.
 
     The state, saved with the state dict, is the bank and the number of steps, in plain integers: no call waits for a
-    GPU because of it.
+    GPU because of it. In training the mass is another number in each call, for which a compiled function would be
+    compiled anew: leave the labels out of what ``torch.compile`` is given. An exported program has the state of its
+    export.
 
     Raises:
         ValueError, TypeError: options and inputs that do not fit; the message says what was expected.
@@ -557,7 +568,7 @@ class ProgressivePseudoLabels(torch.nn.Module):
         logits = logits.detach()
         features = features.detach() if features is not None and self.semantic_weight > 0 else None
         labels = self._labels(self._with_bank(logits, self.bank_logits), self._with_bank(features, self.bank_features))
-        labels = labels[: len(logits)]
+        labels = labels[: logits.shape[0]]
         if self.training:
             self._remember(logits, features)
             self._steps += 1
@@ -567,7 +578,7 @@ class ProgressivePseudoLabels(torch.nn.Module):
         __call__ = forward
 
     def _labels(self, logits: Tensor, features: Tensor | None) -> Tensor:
-        if len(logits) < self.num_classes:
+        if logits.shape[0] < self.num_classes:
             return logits.new_zeros(logits.shape, dtype=accumulate_dtype(logits.dtype))
         options: dict[str, Any] = {
             **{"mass": self.mass, "epsilon": self.epsilon, "gamma": self.gamma, "prior": self.prior},
@@ -614,7 +625,7 @@ class ProgressivePseudoLabels(torch.nn.Module):
         for name, rows, width, bank in expected:
             if not isinstance(rows, Tensor):
                 raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(rows).__name__}")
-            fits = rows.dim() == 2 and len(rows) == len(logits) and (width is None or rows.shape[1] == width)
+            fits = rows.dim() == 2 and rows.shape[0] == logits.shape[0] and (width is None or rows.shape[1] == width)
             if not fits:
                 size = "n" if name == "logits" else str(len(logits))
                 raise ValueError(

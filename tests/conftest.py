@@ -103,6 +103,15 @@ def triton_device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device("cpu" if request.param == "triton_on_cpu" else request.param)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small networks, on which several threads wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -89,8 +89,8 @@ def test_gradient_is_asked_for_again(device: torch.device, loss: Loss, reduction
     first = torch.autograd.grad(value, features, upstream, retain_graph=True)
     kept = [gradient.clone() for gradient in first]
     again = torch.autograd.grad(value, features, 2 * upstream)
-    assert_close(first, tuple(kept))
-    assert_close(again, tuple(2 * gradient for gradient in kept))
+    torch.testing.assert_close(first, tuple(kept), rtol=0, atol=0)
+    torch.testing.assert_close(again, tuple(2 * gradient for gradient in kept), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -684,7 +684,7 @@ def test_module(device: torch.device) -> None:
     loss(embedding(y), y).backward()
     assert embedding.weight.grad is not None
     assert embedding.weight.grad.abs().sum() > 0
-    assert "reduction=sum, ignore_index=2, label_smoothing=0.1" in repr(loss)
+    assert "reduction='sum', ignore_index=2, label_smoothing=0.1, weight=[7]" in repr(loss)
 
 
 # ---- hard to misuse ----

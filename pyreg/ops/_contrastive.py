@@ -94,6 +94,12 @@ def loss_of_no_rows(features: Tensor, reduction: int) -> Tensor:
     return rows if reduction == 0 else rows.sum()
 
 
+def forms_gradients() -> bool:
+    """Whether a forward pass may form gradients too. Not in an exported program, which is one for any number of rows,
+    and seldom goes backward."""
+    return torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
 def scaled(gradient: Tensor, grad_loss: Tensor, is_last: bool) -> Tensor:
     """A gradient formed in the forward pass times the upstream one; in its memory if nobody needs it again."""
     if not is_last:
@@ -158,8 +164,8 @@ class SymmetricLoss:
         self._differentiable = _library.differentiable(name, setup_context=self._setup, backward=self._backward)
 
     def __call__(self, features: Tensor, others: Tensors, numbers: tuple[Any, ...], reduction: int) -> Tensor:
-        needs_grad = features.requires_grad and torch.is_grad_enabled()
-        with_gradient = needs_grad and features.shape[0] <= HELD_ROWS and reduction != 0
+        is_formed = features.requires_grad and reduction != 0 and forms_gradients()
+        with_gradient = is_formed and features.shape[0] <= HELD_ROWS
         options = (reduction, loss_dtype(features), 0, ALL_ROWS, with_gradient)
         return self._differentiable(features, *others, *numbers, *options)[0]  # type: ignore[no-any-return]
 
@@ -182,12 +188,13 @@ class SymmetricLoss:
         features, *others, statistics, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():
             return self._dense_gradient(ctx, grad_loss, features, others), *no_others
-        if ctx.once:
-            gradient = ctx.gradient
-        if ctx.with_gradient and gradient is not None:
+        if ctx.with_gradient:
+            if ctx.once:
+                gradient = _library.take(ctx, "gradient")
+            if gradient is None:  # another pass had it: formed again in the same way, it has the same bits
+                options = (ctx.reduction, ctx.loss_dtype, 0, ALL_ROWS, True)
+                gradient = self.forward(features, *others, *ctx.numbers, *options)[2]
             is_last = ctx.once and not _library.is_batched(grad_loss)
-            if is_last:
-                ctx.gradient = None
             return scaled(gradient, grad_loss, is_last).to(features.dtype), *no_others
         rows = self.upstream(grad_loss, statistics, ctx.reduction)
         return self.backward(rows, features, *others, statistics, *ctx.numbers, 0, ALL_ROWS), *no_others

@@ -185,6 +185,12 @@ def differentiable(
     return call
 
 
+def take(ctx: Any, name: str) -> Any:
+    """An attribute of a context, for the first who asks; None after that. In one step: several threads may go backward
+    on one graph, and what they take may be changed in place."""
+    return vars(ctx).pop(name, None)
+
+
 _LARGE_BYTES = 4 << 20
 
 

@@ -103,7 +103,8 @@ def info_nce(
         return _contrastive.loss_of_no_rows(q, code) + k[:0].sum()  # which leads to k
     query_ids = None if ids is None else ids[: q.shape[0]]
     with_gradient = [False, False]
-    if code != 0 and q.is_cpu and torch.is_grad_enabled() and (not symmetric or len(q) <= _contrastive.HELD_ROWS):
+    is_formed = code != 0 and q.is_cpu and _contrastive.forms_gradients()
+    if is_formed and (not symmetric or q.shape[0] <= _contrastive.HELD_ROWS):
         with_gradient = [q.requires_grad, k.requires_grad]
     options = (temperature, bool(normalize), True, bool(symmetric), 0, code, _contrastive.loss_dtype(q), with_gradient)
     return _differentiable(q, k, log_q, query_ids, ids, *options)[0]  # type: ignore[no-any-return]
@@ -180,14 +181,13 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor 
     *tensors, query_statistics, key_statistics, grad_query, grad_key = ctx.saved_tensors
     if torch.is_grad_enabled():
         return *_dense_gradients(ctx, grad_loss, *tensors), *no_others
-    if ctx.once:
-        grad_query, grad_key = ctx.gradients
     needs_grad = ctx.needs_input_grad[:2]
-    if any(ctx.with_gradient) and grad_query is not None:
+    if any(ctx.with_gradient):
+        held = _library.take(ctx, "gradients") if ctx.once else (grad_query, grad_key)
+        if held is None:  # another pass had them: formed again in the same way, they have the same bits
+            held = _forward(*tensors, *ctx.options, ctx.with_gradient)[3:]
         is_last = ctx.once and not _library.is_batched(grad_loss)
-        if is_last:
-            ctx.gradients = (None, None)
-        formed = (_contrastive.scaled(g, grad_loss, is_last).to(tensors[0].dtype) for g in (grad_query, grad_key))
+        formed = (_contrastive.scaled(g, grad_loss, is_last).to(tensors[0].dtype) for g in held)
         return *(g if needed else None for g, needed in zip(formed, needs_grad, strict=True)), *no_others
     temperature, normalize, _, symmetric, offset, reduction, _ = ctx.options
     rows = _upstream(grad_loss.to(query_statistics.dtype), reduction, query_statistics.shape[1], symmetric)

@@ -492,9 +492,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         factor = factor * _share(total_weight, target, ctx.ignore_index)
     in_place = ctx.once and not _library.is_batched(grad_loss)
     if ctx.once:
-        gradients = ctx.gradients
-        if in_place:
-            ctx.gradients = None
+        gradients = _library.take(ctx, "gradients")
     wanted = [ctx.needs_input_grad[index] for index in _PARAMETERS]
     if gradients is None or any(want and not have for want, have in zip(wanted, ctx.formed, strict=True)):
         # One upstream gradient for all rows is multiplied in afterwards, so that this result has the other's bits.

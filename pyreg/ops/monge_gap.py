@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from pyreg.ops import _checks
@@ -112,10 +113,15 @@ def monge_gap(
     transport = solve(operator, between, problems, options, source, "source")
 
     displacement = problems.numbers(between.paired().mean(1))
-    least = transport.epsilon * math.log(n)
+    least = transport.epsilon * _log(n, transport.epsilon)
     gap = displacement - exact_value(transport) + 2 * least
     lost = (least - gap.detach()).clamp(min=0)
     return (gap + lost).to(between.dtype)
+
+
+def _log(count: int, like: Tensor) -> Tensor | float:
+    """Of a size, which in an exported program is no number."""
+    return like.new_full((), count).log() if torch.compiler.is_exporting() else math.log(count)
 
 
 def _default_epsilon(cost: DenseCost | PointCost) -> Tensor:
