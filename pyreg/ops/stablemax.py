@@ -546,9 +546,10 @@ class _OnePassCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradient is None or torch.is_grad_enabled() or _library.is_batched(grad_loss):
+        can_take = not (torch.is_grad_enabled() or _library.is_batched(grad_loss))
+        gradient = _library.take(ctx, "gradient") if can_take else None
+        if gradient is None:
             return _backward_cross_entropy(ctx, grad_loss, None)
-        gradient, ctx.gradient = ctx.gradient, None
         ctx.saved_tensors  # noqa: B018 - raises if the logits were changed in place meanwhile
         scale_rows_(gradient, grad_loss)
         return (gradient, *[None] * 6)
@@ -569,12 +570,13 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradient is None or torch.is_grad_enabled() or _library.is_batched(grad_loss):
+        can_take = not (torch.is_grad_enabled() or _library.is_batched(grad_loss))
+        gradient = _library.take(ctx, "gradient") if can_take else None
+        if gradient is None:
             raise RuntimeError(
                 "stablemax_cross_entropy_: its gradient can be asked for once and to first order, for it lies in the "
                 "logits' memory; use stablemax_cross_entropy"
             )
-        gradient, ctx.gradient = ctx.gradient, None
         if gradient._version != ctx.version:
             raise RuntimeError(
                 "stablemax_cross_entropy_: the logits' memory, which holds their gradient, has been modified by an "
