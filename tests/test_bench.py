@@ -39,6 +39,8 @@ from pyreg.reference.conr import conr_loss
 from pyreg.reference.info_nce import info_nce
 from pyreg.reference.supcon import supcon_loss
 
+pytestmark = pytest.mark.needs_compiler  # of the floors
+
 
 def measurement(contender: str, seconds: list[float], **fields: object) -> Measurement:
     return Measurement("op", "8x8", "float32", "cpu", contender, seconds, **fields)  # type: ignore[arg-type]

@@ -45,13 +45,15 @@ def test_a_missing_extension_is_explained(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_extension, "CPU", missing("pyreg._C", "failed to load", "undefined symbol: x"))
     found = env.report()
     assert found["instruction_set"] is None
-    assert found["extensions"]["pyreg._C"] == {"state": "failed to load", "error": "undefined symbol: x"}
+    expected = {"state": "failed to load", "error": "undefined symbol: x", "reason": None}
+    assert found["extensions"]["pyreg._C"] == expected
     (advice,) = (item for item in found["advice"] if item["what"] == "pyreg._C")
     assert advice["reason"] == "undefined symbol: x"
     assert "pip install --no-build-isolation ." in advice["remedy"]
+    assert "nvcc" not in advice["remedy"]
     text = env._text(found)
     assert "pyreg._C         failed to load\n" in text
-    assert "pyreg._C: undefined symbol: x\n  remedy: in pyreg's sources" in text
+    assert "pyreg._C: undefined symbol: x\n  remedy: reinstall pyreg's wheel, or build it with: pip install" in text
 
 
 def test_a_torch_with_cuda_needs_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch):
