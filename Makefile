@@ -122,6 +122,8 @@ clean: ## remove what was built, and the environment
 
 cuda: .venv/pyreg ## compile every GPU kernel for every architecture: registers, shared memory, spills
 	@test -n "$(nvcc)" || { echo "make cuda needs nvcc (CUDA >= 12.8): put it on the PATH or set CUDA_HOME"; exit 1; }
+	@grep -qs '^build _C_cuda:' $(native_build)/build.ninja \
+	  || { echo "$(native_build) was configured without nvcc: run make again after rm -r $(native_build) .venv/pyreg"; exit 1; }
 	.venv/bin/cmake --build $(native_build) --target _C_cuda > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
 	$(python) tools/symbols.py $(native_build)/_C_cuda.*
 	$(python) tools/cuda_report.py $(native_build) $(ARGS)
