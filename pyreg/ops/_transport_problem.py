@@ -82,7 +82,8 @@ def solve_sides(
     )
     row, column = Side(f, a, rho_a, epsilon, is_counting), Side(g, b, rho_b, epsilon, is_counting)
     shift = torch.where(must_hold, (row.sum(f) - column.sum(g)) / (a.sum(1) + b.sum(1)), 0).unsqueeze(1)
-    row, column = row._replace(potentials=f - shift), column._replace(potentials=g + shift)
+    row = Side(f - shift, a, rho_a, epsilon, is_counting)
+    column = Side(g + shift, b, rho_b, epsilon, is_counting)
     return row, column, Progress(error, iterations, tol, max_iter)
 
 
