@@ -20,6 +20,12 @@ python := .venv/bin/python
 pip := $(python) -m pip --disable-pip-version-check
 # Without build isolation: the extension is built against the torch that it will run in.
 build := --no-build-isolation --no-deps
+nvcc := $(or $(and $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc)),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+# One folder and one configuration for the editable installation, the wheel, the GPU kernels' report and the packaging
+# tests: nothing is compiled twice. They differ in the targets that they build. A torch without CUDA needs the CPU's only.
+native_build := build/native
+cpu_only := -C build.targets=_C -C install.components=cpu
+compilers := CXX=$(CXX) $(if $(nvcc),CUDACXX=$(nvcc))
 
 # ---- the environment ----
 
@@ -38,7 +44,7 @@ build := --no-build-isolation --no-deps
 	$(pip) install -q torch==$(TORCH_VERSION)
 	touch $@
 
-extras := test lint bench examples docs $(if $(wildcard triton_kernels/*.py),triton)
+extras := test lint bench examples docs wheel $(if $(wildcard triton_kernels/*.py),triton)
 
 .venv/requirements.txt: pyproject.toml tools/requirements.py $(wildcard triton_kernels/*.py) .venv/torch-$(TORCH_VERSION)
 	$(python) tools/requirements.py $(extras) > $@.new
@@ -55,8 +61,8 @@ native := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .venv/pyreg: $(native) build/python_files .venv/requirements.txt
 	@echo "Building pyreg"
-	cuda=$$($(python) -c 'import torch; print("ON" if torch.version.cuda else "OFF")'); \
-	CXX=$(CXX) $(pip) install -q $(build) -C build-dir=build/editable -C cmake.define.PYREG_CUDA=$$cuda -e .
+	parts=$$($(python) -c 'import torch; print("" if torch.version.cuda else "$(cpu_only)")'); \
+	$(compilers) $(pip) install -q $(build) -C build-dir=$(native_build) $$parts -e .
 	touch $@
 
 # ---- what is run ----
@@ -70,10 +76,10 @@ shared := -n $(JOBS) --dist loadfile
 # Where ARGS choose tests, a lane may have none of them: pytest's status 5.
 maybe_none := $(if $(ARGS),|| [ $$? -eq 5 ])
 
-.PHONY: help test demo soak bench tables docs wheel cuda gpu lint format env clean FORCE
+.PHONY: help test demo soak bench tables docs wheel wheel-test cuda gpu lint format env clean FORCE
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 12
 
 test: .venv/pyreg ## every test: CPU kernels, then Triton kernels interpreted and CUDA kernels emulated under sanitizers
 	$(lane) -m pytest tests $(shared) $(ARGS) $(maybe_none)
@@ -98,8 +104,20 @@ docs: .venv/pyreg ## build/docs/index.html, the documentation
 	$(python) -m sphinx -W --keep-going -q $(ARGS) docs build/docs
 	@echo build/docs/index.html
 
-wheel: .venv/requirements.txt ## dist/*.whl, with CUDA kernels where nvcc is found
-	$(pip) wheel $(build) -C build-dir=build/wheel -w dist $(ARGS) .
+# The wheel's tag says on which systems it runs; auditwheel finds it, and leaves torch's libraries out.
+wheel: .venv/requirements.txt ## dist/: the wheel, with CUDA kernels where nvcc is found, and the sources
+	rm -rf build/wheel dist/pyreg-*
+	$(compilers) $(pip) wheel -q $(build) -C build-dir=$(native_build) -w build/wheel $(ARGS) .
+	PATH=$(CURDIR)/.venv/bin:$$PATH $(python) -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
+	$(python) -c 'from scikit_build_core.build import build_sdist; build_sdist("dist")'
+	$(python) -m twine check --strict dist/*
+	$(python) tools/check_wheel.py dist/*.whl
+
+# With another Python and torch: make wheel-test PYTHON=python3.10 TORCH_VERSION=2.10.0
+wheel-test: ## all tests against the wheel in dist/, installed in an environment without compilers, in a folder elsewhere
+	@ls dist/*.whl > /dev/null || { echo "make wheel-test needs a wheel in dist: run make wheel first"; exit 1; }
+	$(PYTHON) tools/wheel_test.py dist/*.whl build/wheel_test/$(notdir $(PYTHON))-torch-$(TORCH_VERSION) \
+	  --torch $(TORCH_VERSION) $(ARGS)
 
 lint: .venv/requirements.txt ## check format, style and types
 	$(python) -m ruff check .
@@ -120,16 +138,13 @@ clean: ## remove what was built, and the environment
 
 # ---- CUDA ----
 
-nvcc := $(or $(and $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc)),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
-
-# One compilation serves the report and the link. It starts afresh, for ptxas speaks only while it compiles.
 cuda: .venv/pyreg ## compile every GPU kernel for every architecture: registers, shared memory, spills
 	@test -n "$(nvcc)" || { echo "make cuda needs nvcc (CUDA >= 12.8): put it on the PATH or set CUDA_HOME"; exit 1; }
-	CUDACXX=$(nvcc) .venv/bin/cmake --fresh -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(python) -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_FLAGS=-Xptxas=-v > build/cuda.log
-	.venv/bin/cmake --build build/cuda --target _C_cuda --clean-first > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
-	$(python) tools/symbols.py build/cuda/_C_cuda.*
-	$(python) tools/cuda_report.py build/cuda.log $(ARGS)
+	@grep -qs '^build _C_cuda:' $(native_build)/build.ninja \
+	  || { echo "$(native_build) was configured without nvcc: run make again after rm -r $(native_build) .venv/pyreg"; exit 1; }
+	.venv/bin/cmake --build $(native_build) --target _C_cuda > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
+	$(python) tools/symbols.py $(native_build)/_C_cuda.*
+	$(python) tools/cuda_report.py $(native_build) $(ARGS)
 	$(python) tools/triton_report.py $(ARGS)
 
 # On a machine with a GPU whose own Python has torch, Triton and the build tools: nothing is installed or fetched. The

@@ -8,11 +8,16 @@
 
 Triton kernels are tested on the ``triton_device``: a GPU where torch sees one, and with ``--backend=triton_on_cpu`` the
 CPU, where Triton's interpreter runs them. A test file may make it the ``device`` of test bodies that it imports.
+
+Tests marked ``needs_compiler`` compile C++ while they run (torch.compile's inductor on the CPU, the benchmarks' floors,
+builds of the package) or read binaries with its companions; they are skipped where no compiler is found.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -29,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: too big for emulated and interpreted kernels, and deselected with them")
     config.addinivalue_line("markers", "cpu_only: about the CPU kernels alone")
     config.addinivalue_line("markers", "not_emulated: of operators without CUDA C++ kernels: on the CPU and on a GPU")
+    config.addinivalue_line("markers", "needs_compiler: compiles C++ while it runs; skipped without a compiler")
     if config.getoption("--backend") == "triton_on_cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 
@@ -71,6 +77,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
     items[:] = [item for item in items if runs(item)]
+    if shutil.which(os.environ.get("CXX") or "g++") is None:
+        for item in items:
+            if item.get_closest_marker("needs_compiler") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a C++ compiler"))
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +128,7 @@ def _seed() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says how much was skipped, and why, in one place."""
+    """Says how much was skipped, and why, in one place; and which package was tested."""
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -127,3 +137,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_sep("-", f"{len(skipped)} skipped")
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"{count} x {reason}")
+    pyreg = sys.modules.get("pyreg")
+    if pyreg is not None:
+        terminalreporter.write_line(f"torch {torch.__version__}, pyreg {pyreg.__version__} of {pyreg.__file__}")

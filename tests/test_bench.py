@@ -39,6 +39,8 @@ from pyreg.reference.info_nce import info_nce
 from pyreg.reference.supcon import supcon_loss
 from tests.bench_rows import judge, measurement, target
 
+pytestmark = pytest.mark.needs_compiler  # of the floors
+
 
 def tiny_workload(*contenders: Contender, size: int = 1000) -> Workload:
     def make_inputs(generator: torch.Generator) -> tuple[torch.Tensor, ...]:

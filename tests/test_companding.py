@@ -922,7 +922,10 @@ def test_autocast(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("name", "learnable", "backend"),
-    [*((name, learnable, "aot_eager") for name in CASES for learnable in (True, False)), ("resnet", True, "inductor")],
+    [
+        *((name, learnable, "aot_eager") for name in CASES for learnable in (True, False)),
+        pytest.param("resnet", True, "inductor", marks=pytest.mark.needs_compiler),
+    ],
 )
 def test_compile_fullgraph(device: torch.device, name: str, learnable: bool, backend: str) -> None:
     torch._dynamo.reset()

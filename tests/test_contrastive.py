@@ -351,6 +351,7 @@ def test_numbers_out_of_range_in_direct_calls(device: torch.device, loss: Loss) 
             assert call(position - 1, offset)[0] == 0
 
 
+@pytest.mark.needs_compiler
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("name", ["conr-paper", "supcon", "info_nce-symmetric"])
 def test_compile(device: torch.device, name: str) -> None:

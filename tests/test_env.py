@@ -24,7 +24,7 @@ def test_a_whole_installation_needs_no_advice():
     assert found["pyreg"] == pyreg.__version__ == found["extensions"]["pyreg._C"]["version"]
     assert found["instruction_set"] in ("baseline", "avx2", "avx512")
     assert found["extensions"]["pyreg._C"]["state"] == "loaded"
-    if torch.version.cuda is None:
+    if torch.version.cuda is None and found["compiler"] is not None:
         assert found["advice"] == []
 
 
@@ -45,13 +45,15 @@ def test_a_missing_extension_is_explained(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_extension, "CPU", missing("pyreg._C", "failed to load", "undefined symbol: x"))
     found = env.report()
     assert found["instruction_set"] is None
-    assert found["extensions"]["pyreg._C"] == {"state": "failed to load", "error": "undefined symbol: x"}
+    expected = {"state": "failed to load", "error": "undefined symbol: x", "reason": None}
+    assert found["extensions"]["pyreg._C"] == expected
     (advice,) = (item for item in found["advice"] if item["what"] == "pyreg._C")
     assert advice["reason"] == "undefined symbol: x"
     assert "pip install --no-build-isolation ." in advice["remedy"]
+    assert "nvcc" not in advice["remedy"]
     text = env._text(found)
     assert "pyreg._C         failed to load\n" in text
-    assert "pyreg._C: undefined symbol: x\n  remedy: in pyreg's sources" in text
+    assert "pyreg._C: undefined symbol: x\n  remedy: reinstall pyreg's wheel, or build it with: pip install" in text
 
 
 def test_a_torch_with_cuda_needs_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch):
@@ -83,3 +85,22 @@ def test_a_gpu_without_code_is_named(monkeypatch: pytest.MonkeyPatch):
         "an old GPU is sm_75; the CUDA kernels are built for 80, 90"
     ]
     assert env._gpu_advice([("a new GPU", (9, 0))]) == [item for item in advice if item["what"] == "triton"]
+
+
+def test_a_driver_older_than_the_kernels_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    build = {"architectures": "80,90", "cuda": "13.0.88"}
+    monkeypatch.setattr(_extension, "CUDA", Extension("pyreg._C_cuda", "loaded", build))
+    (advice,) = (item for item in env._gpu_advice([("a GPU", (9, 0))], "12.8") if item["what"] == "driver")
+    assert advice["reason"] == "the driver serves CUDA 12.8, the CUDA kernels are built with 13.0.88"
+    assert "nvcc 12.8" in advice["remedy"]
+    assert [item for item in env._gpu_advice([("a GPU", (9, 0))], "13.1") if item["what"] == "driver"] == []
+
+
+def test_a_missing_compiler_is_explained(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = env.report()
+    assert found["compiler"] is None
+    (advice,) = (item for item in found["advice"] if item["what"] == "compiler")
+    assert "CXX" in advice["remedy"]
+    assert "compiler         not found\n" in env._text(found)

@@ -388,7 +388,8 @@ class TestMongeMap:
 
     def test_plot_shows_every_map(self, mapped, arrows) -> None:
         pixels = image.imread(arrows)[..., :3]
-        assert pixels.shape[:2] == (902, 1540)
+        assert pixels.shape[0] in (901, 902)  # matplotlib 3.10 and 3.11 round a tight box differently
+        assert pixels.shape[1] == 1540
         for method in mapped["gaussians-2"]:
             rgb = [int(method.color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
             assert (abs(pixels - rgb).max(axis=-1) < 0.01).sum() > 100

@@ -588,6 +588,7 @@ def test_opcheck(device: torch.device, reduction: int, needs_grad: list[bool]) -
     opcheck(torch.ops.pyreg.linear_stablemax_cross_entropy_backward.default, backward)
 
 
+@pytest.mark.needs_compiler
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")

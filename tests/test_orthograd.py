@@ -390,7 +390,7 @@ def test_a_saved_gradient_is_not_changed_in_silence(device: torch.device) -> Non
         loss.backward()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.needs_compiler)])
 def test_compile_fullgraph(device: torch.device, backend: str) -> None:
     params = [random_parameter(shape, torch.float32, device) for shape in ((5, 3), (7,))]
     expected = truths(params)
@@ -786,6 +786,7 @@ def test_parameters_without_gradients_are_left_out(device: torch.device) -> None
     assert torch.equal(model[0].weight, frozen)
 
 
+@pytest.mark.needs_compiler
 def test_compiled_step(device: torch.device) -> None:
     model, data = model_and_data(device)
     twin = copy.deepcopy(model)

@@ -1,6 +1,6 @@
 """The wheel installs and runs on its own, and its compiled parts keep what they promise to other builds of torch.
 
-One build, in build/packaging, serves all tests here. It leaves the CUDA kernels out: `make cuda` builds them.
+The Makefile's build folder serves all tests here. They leave the CUDA kernels out: `make cuda` builds them.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import importlib.util
 import os
 import platform
 import re
-import shutil
 import subprocess
+import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -22,9 +23,12 @@ import torch
 from tools import ptxas, symbols
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "packaging"
+BUILD = ROOT / "build" / "native"
 PIP = ("-m", "pip", "--disable-pip-version-check")
-OPTIONS = ("--no-build-isolation", "--no-deps", "-C", f"build-dir={BUILD}", "-C", "cmake.define.PYREG_CUDA=OFF")
+CPU_ONLY = ("-C", "build.targets=_C", "-C", "install.components=cpu")
+OPTIONS = ("--no-build-isolation", "--no-deps", "-C", f"build-dir={BUILD}", *CPU_ONLY)
+
+pytestmark = pytest.mark.needs_compiler
 
 RUN = """
 import torch, pyreg
@@ -35,16 +39,6 @@ loss.backward()
 torch.testing.assert_close(loss, torch.tensor(1.5).log())
 torch.testing.assert_close(logits.grad, torch.tensor([[1 / 3 - 1 / 2, 1 / 3]]))
 print(pyreg.__file__)
-"""
-
-FIRST_USE = """
-import pyreg, torch
-from pyreg import _extension
-print(_extension.CPU.state)
-try:
-    pyreg.functional.stablemax(torch.ones(3))
-except ImportError as error:
-    print(error)
 """
 
 
@@ -68,15 +62,9 @@ def new_environment(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def builder() -> str:
-    """The python that builds: always in one place, for another one would compile everything again."""
-    return new_environment(BUILD.with_name("packaging_venv"))
-
-
-@pytest.fixture(scope="module")
-def wheel(builder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    run([builder, *PIP, "wheel", *OPTIONS, "-w", str(folder), str(ROOT)], folder)
+    run([sys.executable, *PIP, "wheel", *OPTIONS, "-w", str(folder), str(ROOT)], folder)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -104,56 +92,32 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path):
     assert sources <= set(names)
     assert "pyreg/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    others = set(names) - sources - {"pyreg/py.typed", f"pyreg/_C{suffix}"}
+    (library,) = (name for name in names if name.endswith(".so"))
+    assert re.fullmatch(r"pyreg/_C\.cpython-[\w-]+\.so", library)
+    others = set(names) - sources - {"pyreg/py.typed", library}
     assert {
         name for name in others if not re.match(r"pyreg-[^/]+\.dist-info/|pyreg/triton_kernels/\w+\.py$", name)
     } == set()
 
 
 @pytest.mark.usefixtures("wheel")  # compiled there
-def test_an_editable_installation_runs_from_the_sources(builder: str, tmp_path: Path):
+def test_an_editable_installation_runs_from_the_sources(tmp_path: Path):
+    builder = new_environment(BUILD.with_name("packaging_venv"))
     run([builder, *PIP, "install", *OPTIONS, "--ignore-installed", "-e", str(ROOT)], tmp_path)
     assert Path(run([builder, "-c", RUN], tmp_path).strip()) == ROOT / "pyreg" / "__init__.py"
 
 
-# ---- extensions that are not there ----
-
-
-@pytest.fixture
-def package(tmp_path: Path) -> Path:
-    """A copy of the Python files alone."""
-    return Path(
-        shutil.copytree(ROOT / "pyreg", tmp_path / "pyreg", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    )
-
-
-def test_an_extension_that_was_not_built_is_named_on_first_use(installed: str, package: Path):
-    printed = run([installed, "-c", FIRST_USE], package.parent).splitlines()
-    assert printed[0] == "not built"
-    assert re.fullmatch(r"pyreg\._C was not built; build it with: pip install --no-build-isolation .*", printed[1])
-
-
-def test_an_extension_that_fails_to_load_is_named_on_first_use(installed: str, package: Path):
-    (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
-    printed = run([installed, "-c", FIRST_USE], package.parent).splitlines()
-    assert printed[0] == "failed to load"
-    assert printed[1].startswith(f"pyreg._C was built but does not load into torch {torch.__version__}: ")
-    assert printed[1].endswith("rebuild it here with: pip install --no-build-isolation .")
-    assert len(printed) == 2
-    told = run([installed, "-m", "pyreg.env"], package.parent)
-    assert "pyreg._C         failed to load" in told
-    assert "remedy: in pyreg's sources: pip install --no-build-isolation ." in told
-
-
-@pytest.mark.skipif(torch.version.cuda is not None, reason="the CUDA kernels are needed where torch has CUDA")
-def test_cuda_kernels_stay_unloaded_where_torch_has_no_cuda(installed: str, package: Path):
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    (built,) = Path(installed).parents[1].glob(f"lib/python*/site-packages/pyreg/_C{suffix}")
-    shutil.copy(built, package)
-    (package / f"_C_cuda{suffix}").write_bytes(b"not a library")
-    script = RUN + "from pyreg import _extension; print(_extension.CUDA.state)"
-    assert run([installed, "-c", script], package.parent).splitlines()[-1] == "not needed here"
+def test_the_sources_hold_what_builds_and_tests_them(tmp_path: Path):
+    run([sys.executable, "-c", f"from scikit_build_core.build import build_sdist as b; b({str(tmp_path)!r})"], ROOT)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    folders = ("csrc", "pyreg", "triton_kernels", "tests", "tools", "examples")
+    wanted = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.*")}
+    passing = re.compile(r".*(?:__pycache__|\.so$|\.png$|/pyreg/triton_kernels/|^pyreg/triton_kernels/).*")
+    assert {name for name in wanted if not passing.match(name) and (ROOT / name).is_file()} <= names
+    assert {"CMakeLists.txt", "pyproject.toml", "Makefile", "README.md", "LICENSE", "bench/floor.cpp"} <= names
+    assert {name for name in names if re.match(r"(?:build|dist|\.venv|\.git|bench/results)/|.*\.so$", name)} == set()
 
 
 # ---- symbols ----
@@ -242,3 +206,15 @@ def test_ptxas_output_that_lost_a_line_is_refused():
         ptxas.parse("\n".join(line for line in lines if "Used 40" not in line))
     with pytest.raises(ValueError, match="unknown kernel"):
         ptxas.parse("\n".join(line for line in lines if "sm_80" not in line))
+
+
+def test_ptxas_output_is_kept_beside_the_object_and_warnings_are_shown(tmp_path: Path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\ncat >&2 <<'EOF'\n{PTXAS}\nkernel.cu(1): warning: odd\nEOF\nexit 3\n")
+    compiler.chmod(0o755)
+    command = [str(ROOT / "tools/ptxas_log.sh"), str(compiler), "-c", "kernel.cu", "-o", "kernel.cu.o"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.split("\n")[-2:] == ["kernel.cu(1): warning: odd", ""]
+    assert "ptxas info" not in done.stderr
+    assert ptxas.parse((tmp_path / "kernel.cu.o.ptxas").read_text()) == ptxas.parse(PTXAS)

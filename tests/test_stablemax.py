@@ -709,6 +709,7 @@ def test_opcheck(device: torch.device, requires_grad: bool) -> None:
     opcheck(operators.stablemax_cross_entropy_.default, (x.clone(), y, None, 1, -100, 0.0, torch.float32))
 
 
+@pytest.mark.needs_compiler
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("kind", ["indices", "probabilities", "transposed", "in place", "rows"])

@@ -680,7 +680,7 @@ def test_opcheck(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("numbers", [True, False])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.needs_compiler)])
 def test_compile_fullgraph(device: torch.device, backend: str, numbers: bool) -> None:
     vs = [values(shape, torch.float32, device).requires_grad_() for shape in ((5, 3), (7,))]
     a: list[Constant] = [0.7, 0.7] if numbers else [constants((5,), torch.float32, device)[0].requires_grad_(), 0.7]

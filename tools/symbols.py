@@ -35,6 +35,11 @@ def shared_definitions(compiled: Path, isa: str) -> list[str]:
     return list(_demangle([name for name in mergeable if f"{len(isa)}{isa}" not in name]).values())
 
 
+def has_symbol_table(library: Path) -> bool:
+    """Whether a library still holds the names that only a debugger needs."""
+    return bool(_nm("--no-sort", library))
+
+
 def _nm(*arguments: str | Path) -> list[str]:
     command = ["nm", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,17 +28,22 @@ def reduction_code(operator: str, reduction: str) -> int:
 
 
 def operator(name: str) -> Callable[..., Any]:
-    """The operator ``pyreg::<name>``, or a function that raises the reason why the extension is not there."""
-    if _extension.CPU.error is None:
+    """The operator ``pyreg::<name>``, or a function that raises the reason why it is not there."""
+    error = _extension.lacks(name)
+    if error is None:
         return getattr(torch.ops.pyreg, name).default  # type: ignore[no-any-return]
-    return _extension.CPU.raise_error
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise ImportError(*error.args) from error.__cause__
+
+    return refuse
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function gives shapes and dtypes of ``pyreg::<name>`` for tracing."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        if _extension.CPU.error is None:
+        if _extension.lacks(name) is None:
             torch.library.register_fake(f"pyreg::{name}")(function)
         return function
 
@@ -49,7 +54,7 @@ def vmap(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function ``(info, in_dims, *args) -> (outputs, out_dims)`` is the batching rule."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        if _extension.CPU.error is None:
+        if _extension.lacks(name) is None:
             torch.library.register_vmap(f"pyreg::{name}")(function)
         return function
 
@@ -104,7 +109,7 @@ def implement(name: str, function: Callable[..., Any], keys: Sequence[str] = ("C
         with no_autocast(first):
             return function(first, *args)
 
-    if _extension.CPU.error is None:
+    if _extension.lacks(name) is None:
         for key in keys:
             _rules.impl(name, without_autocast, key)  # type: ignore[no-untyped-call]
 
@@ -112,7 +117,7 @@ def implement(name: str, function: Callable[..., Any], keys: Sequence[str] = ("C
 def count_versions(name: str, argument: int) -> None:
     """Tells autograd that ``pyreg::<name>`` changes the list of tensors that is its argument of this number: a graph
     that has saved one of them (create_graph) then refuses to run."""
-    if _extension.CPU.error is not None:
+    if _extension.lacks(name) is not None:
         return
     changing = operator(name)
 
@@ -145,7 +150,7 @@ def differentiable(
     microseconds a call in Python and knows no ``torch.func``.
     """
     forward = operator(name)
-    if _extension.CPU.error is not None:
+    if _extension.lacks(name) is not None:
         return forward
     torch.library.register_autograd(f"pyreg::{name}", backward, setup_context=setup_context)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -153,7 +154,7 @@ class ShardedPointCost(PointCost):
         f, g = _Constant.apply(  # type: ignore[no-untyped-call]
             self._operator, row.potentials, column.potentials, *self.points, row.weights, column.weights
         )
-        return row._replace(potentials=f), column._replace(potentials=g)
+        return replace(row, potentials=f), replace(column, potentials=g)
 
     def value(self, row: Side, column: Side) -> Tensor:
         potentials = row.potentials.detach(), column.potentials.detach()

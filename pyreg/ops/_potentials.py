@@ -30,7 +30,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ from pyreg import _extension
 from pyreg.ops import _adjoint, _checks, _library, _log_domain
 
 
-class Side(NamedTuple):
+@dataclass(frozen=True)  # torch 2.10 traces no properties of a NamedTuple
+class Side:
     """The rows of a batch of problems, or its columns."""
 
     potentials: Tensor  # [B, n], which leave the weights out

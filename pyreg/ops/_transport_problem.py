@@ -91,7 +91,7 @@ def solve_sides(
     over_ranks = problems.rows.over_ranks
     apart, mass = over_ranks(row.sum(f)) - column.sum(g), over_ranks(a.sum(1)) + b.sum(1)
     shift = torch.where(must_hold, apart / mass, 0).unsqueeze(1)
-    row, column = row._replace(potentials=f - shift), column._replace(potentials=g + shift)
+    row, column = Side(f - shift, a, rho_a, epsilon, is_counting), Side(g + shift, b, rho_b, epsilon, is_counting)
     return row, column, Progress(error, iterations, tol, max_iter)
 
 

@@ -22,6 +22,9 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # number
 DTYPE_NAMES = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
 
 
+pytestmark = pytest.mark.needs_compiler
+
+
 class Library:
     """Calls the exported functions; an error text that one returns becomes a RuntimeError."""
 

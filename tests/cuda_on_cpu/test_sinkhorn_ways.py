@@ -21,6 +21,9 @@ INF = math.inf
 ORDERS = [(0, 0), (1, 0), (2, 1), (2, 2)]
 
 
+pytestmark = pytest.mark.needs_compiler
+
+
 class Side(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("targets", "rhos", "weights", "potentials")]
 
