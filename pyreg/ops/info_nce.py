@@ -83,6 +83,8 @@ def info_nce(
     """
     code = _library.reduction_code(_NAME, reduction)
     temperature = _contrastive.check_temperature(_NAME, temperature)
+    _checks.check_flag(_NAME, "normalize", normalize)
+    _checks.check_flag(_NAME, "symmetric", symmetric)
     q = _contrastive.feature_rows(_NAME, "query", query)
     k = _contrastive.feature_rows(_NAME, "key", key)
     q, k = _check_pair(q, k, symmetric)
@@ -96,7 +98,7 @@ def info_nce(
         loss = reference.info_nce(q, k, temperature, normalize, symmetric, log_q, ids, reduction)
         return loss.to(_contrastive.loss_dtype(q))
     if ranks is not None:
-        numbers = (temperature, bool(normalize), bool(symmetric), code, _contrastive.loss_dtype(q))
+        numbers = (temperature, normalize, symmetric, code, _contrastive.loss_dtype(q))
         return _InfoNceOfAllRanks.apply(ranks, numbers, q, k, log_q, ids)  # type: ignore[no-any-return, no-untyped-call]
     if q.shape[0] == 0:
         return _contrastive.loss_of_no_rows(q, code) + k[:0].sum()  # which leads to k
@@ -104,7 +106,7 @@ def info_nce(
     with_gradient = [False, False]
     if code != 0 and q.is_cpu and torch.is_grad_enabled() and (not symmetric or len(q) <= _contrastive.HELD_ROWS):
         with_gradient = [q.requires_grad, k.requires_grad]
-    options = (temperature, bool(normalize), True, bool(symmetric), 0, code, _contrastive.loss_dtype(q), with_gradient)
+    options = (temperature, normalize, True, symmetric, 0, code, _contrastive.loss_dtype(q), with_gradient)
     return _differentiable(q, k, log_q, query_ids, ids, *options)[0]  # type: ignore[no-any-return]
 
 
