@@ -13,9 +13,15 @@ CPU, where Triton's interpreter runs them. A test file may make it the ``device`
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,14 +29,32 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", default="auto", choices=("auto", "cpu", "cuda", "cuda_on_cpu", "triton_on_cpu"))
+    parser.addoption("--extension", type=Path, help="a folder whose pyreg._C takes the place of the installed one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: too big for emulated and interpreted kernels, and deselected with them")
     config.addinivalue_line("markers", "cpu_only: about the CPU kernels alone")
     config.addinivalue_line("markers", "not_emulated: of operators without CUDA C++ kernels: on the CPU and on a GPU")
+    if (folder := config.getoption("--extension")) is not None:
+        sys.meta_path.insert(0, _ExtensionFrom(folder.resolve()))
     if config.getoption("--backend") == "triton_on_cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
+
+
+class _ExtensionFrom(MetaPathFinder):
+    """Finds ``pyreg._C`` in a folder, and nowhere else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "pyreg._C":
+            return None
+        spec = PathFinder.find_spec("_C", [str(self.folder)])
+        if spec is None or spec.origin is None:
+            raise pytest.UsageError(f"--extension: {self.folder} has no _C; make sanitize builds one")
+        return spec_from_file_location(name, spec.origin)
 
 
 def _backends(config: pytest.Config) -> list[str]:

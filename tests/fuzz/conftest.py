@@ -14,5 +14,7 @@ _COMMON = {
     "report_multiple_bugs": False,
 }
 settings.register_profile("pyreg-ci", derandomize=True, database=None, max_examples=20, **_COMMON)
-settings.register_profile("pyreg-long", max_examples=200, database=None, **_COMMON)
+settings.register_profile(
+    "pyreg-long", max_examples=int(os.environ.get("PYREG_FUZZ_EXAMPLES", "200")), database=None, **_COMMON
+)
 settings.load_profile(os.environ.get("PYREG_FUZZ", "pyreg-ci"))
