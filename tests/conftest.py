@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: too big for emulated and interpreted kernels, and deselected with them")
     config.addinivalue_line("markers", "cpu_only: about the CPU kernels alone")
+    config.addinivalue_line("markers", "sanitized: of the build with sanitizers that --extension names")
     config.addinivalue_line("markers", "not_emulated: of operators without CUDA C++ kernels: on the CPU and on a GPU")
     if (folder := config.getoption("--extension")) is not None:
         sys.meta_path.insert(0, _ExtensionFrom(folder.resolve()))
@@ -88,6 +89,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def runs(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         too_large = backend.endswith("_on_cpu") and item.get_closest_marker("large") is not None
+        if item.get_closest_marker("sanitized") is not None and config.getoption("--extension") is None:
+            return False
         fixture = _device_of(getattr(item, "fixturenames", ()))
         if fixture is None:
             return backend in ("auto", "cpu")

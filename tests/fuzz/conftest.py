@@ -15,6 +15,6 @@ _COMMON = {
 }
 settings.register_profile("pyreg-ci", derandomize=True, database=None, max_examples=20, **_COMMON)
 settings.register_profile(
-    "pyreg-long", max_examples=int(os.environ.get("PYREG_FUZZ_EXAMPLES", "200")), database=None, **_COMMON
+    "pyreg-long", max_examples=int(os.environ.get("PYREG_FUZZ_EXAMPLES", "30")), database=None, **_COMMON
 )
 settings.load_profile(os.environ.get("PYREG_FUZZ", "pyreg-ci"))

@@ -15,7 +15,7 @@ from pyreg.reference import conr as conr_reference
 from pyreg.reference import info_nce as info_nce_reference
 from pyreg.reference import supcon as supcon_reference
 from tests.fuzz.agreement import Function, assert_agrees
-from tests.fuzz.tensors import SOME_SIZES, Recipe, labels, recipes, seeds, shapes, weights
+from tests.fuzz.tensors import Recipe, labels, recipes, seeds, shapes, weights
 
 # Features of length 1 or so, of length 0, and from one end of the dtype to the other.
 VALUES = ("normal", "integers", "equal", "zeros", "large", "wide", "tiny", "subnormal", "huge")

@@ -53,7 +53,10 @@ def test_weight_compander(
     seed: int,
 ) -> None:
     x = v.build()
-    a, b = (_constant(form, v, sign, seed + k).to(constants_in) for k, (form, sign) in enumerate(zip(forms, signs)))
+    a, b = (
+        _constant(form, v, sign, seed + k).to(constants_in)
+        for k, (form, sign) in enumerate(zip(forms, signs, strict=True))
+    )
     numbers = [form == "number" for form in forms]
     compute = torch.promote_types(v.dtype, torch.float32)
 
@@ -187,7 +190,7 @@ def test_steps_of_the_companded_optimizer(
 def test_orthogonalize_gradients(params: list[Recipe], grads: list[str], layouts: list[str]) -> None:
     tensors = [param.build().contiguous().requires_grad_() for param in params]
     given_grads = []
-    for param, tensor, values, layout in zip(params, tensors, grads, layouts):
+    for param, tensor, values, layout in zip(params, tensors, grads, layouts, strict=False):
         grad = param.of(values=values, layout=layout, seed=param.seed + 7).build()
         tensor.grad = grad
         given_grads.append(grad.clone())
@@ -196,7 +199,8 @@ def test_orthogonalize_gradients(params: list[Recipe], grads: list[str], layouts
     for tensor, grad, weight in zip(tensors, given_grads, weights_before, strict=True):
         torch.testing.assert_close(tensor.detach(), weight, rtol=0, atol=0)
         own = tensor.grad
-        assert own is not None and own.shape == grad.shape
+        assert own is not None
+        assert own.shape == grad.shape
         if grad.numel() == 0:
             continue
         w, g = weight.double(), grad.double()
