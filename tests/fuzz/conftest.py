@@ -13,7 +13,7 @@ _COMMON = {
     "print_blob": True,
     "report_multiple_bugs": False,
 }
-settings.register_profile("pyreg-ci", derandomize=True, database=None, max_examples=20, **_COMMON)
+settings.register_profile("pyreg-ci", derandomize=True, database=None, max_examples=15, **_COMMON)
 settings.register_profile(
     "pyreg-long", max_examples=int(os.environ.get("PYREG_FUZZ_EXAMPLES", "30")), database=None, **_COMMON
 )

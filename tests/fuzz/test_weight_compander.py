@@ -53,10 +53,7 @@ def test_weight_compander(
     seed: int,
 ) -> None:
     x = v.build()
-    a, b = (
-        _constant(form, v, sign, seed + k).to(constants_in)
-        for k, (form, sign) in enumerate(zip(forms, signs, strict=True))
-    )
+    a, b = (_constant(forms[k], v, signs[k], seed + k).to(constants_in) for k in (0, 1))
     numbers = [form == "number" for form in forms]
     compute = torch.promote_types(v.dtype, torch.float32)
 
