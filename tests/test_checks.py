@@ -96,6 +96,15 @@ def test_lengths_whose_powers_are_no_numbers(name: str, value: float) -> None:
     SamplesLoss(reach=math.inf)
 
 
+@pytest.mark.parametrize(
+    "offsets", [0.5, "x", None, [0.0, 4.0], torch.tensor(4), torch.ones(2), torch.tensor([[0, 4]])]
+)
+def test_offsets_that_are_no_integers(offsets: Any) -> None:
+    match = r"^sinkhorn_points: expected (y_offsets to be integers|x_offsets and y_offsets together)"
+    with pytest.raises((TypeError, ValueError), match=match):
+        F.sinkhorn_points(X, X, epsilon=1.0, x_offsets=[0, 4], y_offsets=offsets)
+
+
 @pytest.mark.parametrize("rho", [torch.tensor(1j), torch.tensor([True] * 4)])
 def test_penalties_that_are_no_numbers(rho: torch.Tensor) -> None:
     with pytest.raises(TypeError, match=r"^sinkhorn: expected rho_a to hold floating numbers or integers, got "):

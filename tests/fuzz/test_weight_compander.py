@@ -165,10 +165,9 @@ def test_steps_of_the_companded_optimizer(
         reference.rescale_step_(plain, before, c, d, kind)
         numbers = expected.abs() < torch.finfo(v.dtype).max / 4
         error = (own.double() - expected).abs()[numbers]
-        sizes = (
-            before.double().abs()
-            + (v.double() - before.double()).abs() * reference.slope(before.double(), c.double(), d, kind)
-        )[numbers]
+        step = (v.double() - before.double()).abs() * reference.slope(before.double(), c.double(), d, kind)
+        squares = (before.double() / d).square().clamp(max=1e6)  # exp(-u^2) multiplies the roundings of u
+        sizes = (before.double().abs() + step * (1 + squares))[numbers]
         limit = (
             2 * (plain.double() - expected).abs()[numbers]
             + 32 * torch.finfo(v.dtype).eps * sizes
