@@ -76,15 +76,32 @@ shared := -n $(JOBS) --dist loadfile
 # Where ARGS choose tests, a lane may have none of them: pytest's status 5.
 maybe_none := $(if $(ARGS),|| [ $$? -eq 5 ])
 
-.PHONY: help test demo soak bench tables docs wheel wheel-test cuda gpu lint format env clean FORCE
+.PHONY: help test sanitize fuzz demo soak bench tables docs wheel wheel-test cuda gpu lint format env clean FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 12
 
-test: .venv/pyreg ## every test: CPU kernels, then Triton kernels interpreted and CUDA kernels emulated under sanitizers
+test: .venv/pyreg ## every test: CPU kernels, Triton kernels interpreted, CUDA kernels emulated; both of C++ under sanitizers
 	$(lane) -m pytest tests $(shared) $(ARGS) $(maybe_none)
 	$(lane) -m pytest tests $(shared) --backend=triton_on_cpu $(ARGS) $(maybe_none)
 	$(lane) tests/cuda_on_cpu/run_sanitized.py tests $(shared) --backend=cuda_on_cpu $(ARGS) $(maybe_none)
+	$(MAKE) sanitize
+
+# For the instruction set of this processor. Under sanitizers the whole suite takes very long: SANITIZED=tests for it.
+SANITIZED ?= tests/fuzz tests/sanitized
+
+sanitize: .venv/pyreg ## CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; SANITIZED=tests for all tests
+	isa=$$($(python) -c 'from pyreg import _extension; print(_extension.CPU.build_info["isa"])'); \
+	CXX=$(CXX) .venv/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(python) -DCMAKE_BUILD_TYPE=Release -DPYREG_CUDA=OFF -DPYREG_SANITIZE=ON \
+	  -DPYREG_ONLY_ISA=$$isa > build/sanitize.log
+	.venv/bin/cmake --build build/sanitize > build/sanitize.log || { cat build/sanitize.log; exit 1; }
+	$(lane) tests/cuda_on_cpu/run_sanitized.py $(SANITIZED) $(shared) --backend=cpu --extension=build/sanitize $(ARGS) $(maybe_none)
+
+MINUTES ?= 10
+
+fuzz: .venv/pyreg ## random arguments for every operator, against the reference; MINUTES=10 of them
+	$(python) -m tests.fuzz $(MINUTES) $(ARGS)
 
 demo: .venv/pyreg ## run the examples with the fused operators; EXAMPLE=compander for one of them
 	for example in $(EXAMPLE); do $(python) examples/$$example.py $(ARGS); done

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyreg.ops._library import FLOAT_DTYPES, check_dense
+
 __all__ = ["NaiveLossMinimization", "naive_loss_minimization_alignment", "softmax_collapse_rate"]
 
 IGNORED = -100  # the ignore_index of torch.nn.functional.cross_entropy
@@ -29,7 +31,7 @@ def softmax_collapse_rate(logits: Tensor, target: Tensor) -> Tensor:
     loss is torch's own, ``F.cross_entropy``, so that bf16 and fp16 count as the kernel that trains on them rounds.
 
     Args:
-        logits: ``[N, C]``, any floating dtype.
+        logits: ``[N, C]``, float64, float32, bfloat16 or float16.
         target: ``[N]``, int64 class indices in ``[0, C)``. Rows with the index -100 are left out of both counts.
 
     Returns:
@@ -50,7 +52,11 @@ def softmax_collapse_rate(logits: Tensor, target: Tensor) -> Tensor:
         tensor(0.5000)
     """
     name = "softmax_collapse_rate"
-    if not logits.is_floating_point():
+    for which, tensor in (("logits", logits), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {which} should be a tensor, got {type(tensor).__name__}.")
+        check_dense(name, which, tensor)
+    if logits.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: logits should be floating [N, C], got {logits.dtype}; convert with logits.float().")
     if logits.dim() != 2:
         raise ValueError(
@@ -119,6 +125,8 @@ def naive_loss_minimization_alignment(params: Iterable[Tensor] | Tensor) -> Naiv
     name = "naive_loss_minimization_alignment"
     if isinstance(params, torch.nn.Module):
         raise TypeError(f"{name}: params should be tensors, got a module; pass module.parameters().")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"{name}: params should be tensors, got {type(params).__name__}; pass model.parameters().")
     dots, weight_norms, grad_norms = [], [], []
     per_tensor: list[Tensor | None] = []
     for param in [params] if isinstance(params, Tensor) else params:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyreg import functional
 from pyreg.ops import samples_loss
-from pyreg.ops._checks import check_number
+from pyreg.ops._checks import check_flag, check_number
 from pyreg.ops._library import accumulate_dtype
 from pyreg.ops._options import CostName, Kind, Reduction, Variant
 from pyreg.ops.partial_transport import check_mass
@@ -425,6 +425,7 @@ class SamplesLoss(torch.nn.Module):
         super().__init__()
         samples_loss.refuse_unknown(loss, cost, kernel, cluster_scale, backend)
         options = samples_loss.checked(p, blur, reach, diameter, scaling, debias)
+        check_flag("SamplesLoss", "potentials", potentials)
         self.loss, self.p, self.blur, self.reach, self.diameter = loss, options.p, blur, reach, diameter
         self.scaling, self.truncate, self.cost, self.kernel, self.cluster_scale = scaling, truncate, None, None, None
         self.debias, self.potentials, self.verbose, self.backend = debias, potentials, verbose, backend

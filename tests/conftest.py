@@ -20,7 +20,12 @@ import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -28,15 +33,34 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", default="auto", choices=("auto", "cpu", "cuda", "cuda_on_cpu", "triton_on_cpu"))
+    parser.addoption("--extension", type=Path, help="a folder whose pyreg._C takes the place of the installed one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: too big for emulated and interpreted kernels, and deselected with them")
     config.addinivalue_line("markers", "cpu_only: about the CPU kernels alone")
+    config.addinivalue_line("markers", "sanitized: of the build with sanitizers that --extension names")
     config.addinivalue_line("markers", "not_emulated: of operators without CUDA C++ kernels: on the CPU and on a GPU")
     config.addinivalue_line("markers", "needs_compiler: compiles C++ while it runs; skipped without a compiler")
+    if (folder := config.getoption("--extension")) is not None:
+        sys.meta_path.insert(0, _ExtensionFrom(folder.resolve()))
     if config.getoption("--backend") == "triton_on_cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
+
+
+class _ExtensionFrom(MetaPathFinder):
+    """Finds ``pyreg._C`` in a folder, and nowhere else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "pyreg._C":
+            return None
+        spec = PathFinder.find_spec("_C", [str(self.folder)])
+        if spec is None or spec.origin is None:
+            raise pytest.UsageError(f"--extension: {self.folder} has no _C; make sanitize builds one")
+        return spec_from_file_location(name, spec.origin)
 
 
 def _backends(config: pytest.Config) -> list[str]:
@@ -70,6 +94,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def runs(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         too_large = backend.endswith("_on_cpu") and item.get_closest_marker("large") is not None
+        if item.get_closest_marker("sanitized") is not None and config.getoption("--extension") is None:
+            return False
         fixture = _device_of(getattr(item, "fixturenames", ()))
         if fixture is None:
             return backend in ("auto", "cpu")

@@ -770,3 +770,22 @@ def test_out_of_range_label_is_an_index_error(
         monkeypatch.setattr(implementation, "_SMALL_LOGITS_BYTES", small)
         with pytest.raises(IndexError, match=message):
             fused(X, W, target=target)
+
+
+@pytest.mark.not_emulated
+@pytest.mark.parametrize("target", ["labels", "probabilities"])
+def test_logits_beyond_float16_on_the_cpu(target: str) -> None:
+    """They are float32: a loss of few classes is as right as that of many, which goes by chunks."""
+    x, weight = torch.full((3, 64), 100.0).half(), torch.full((5, 64), 20.0).half()
+    weight[1:] = -1.0
+    of = torch.zeros(3, dtype=torch.int64)
+    if target == "probabilities":
+        of = torch.nn.functional.one_hot(of, 5).half()
+    x.requires_grad_()
+    loss = linear_stablemax_cross_entropy(x, weight, of)
+    assert loss.dtype == torch.float16
+    (gradient,) = torch.autograd.grad(loss, x)
+    exact = x.detach().double().requires_grad_()
+    expected = linear_stablemax_cross_entropy(exact, weight.double(), of if target == "labels" else of.double())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, exact)[0], rtol=1e-2, atol=1e-7)

@@ -821,6 +821,15 @@ def test_a_differentiable_group_is_refused_later_too() -> None:
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "differentiable": True})
 
 
+def test_an_empty_gradient_may_have_any_strides() -> None:
+    """torch leaves strides of 0 to what it makes of empty tensors."""
+    param = torch.zeros(2, 0, 1, requires_grad=True)
+    param.grad = 2 * torch.zeros(2, 0, 1)
+    assert param.grad.stride()[0] == 0
+    orthogonalize_gradients_(param)
+    assert param.grad.shape == (2, 0, 1)
+
+
 # ---- single steps, of shards in several processes ----
 
 

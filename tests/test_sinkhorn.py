@@ -1591,3 +1591,23 @@ def test_operators_refuse_what_would_read_beyond() -> None:
         arguments = [*good[:position], bad, *good[position + 1 :]]
         with pytest.raises(ValueError, match="pyreg::sinkhorn: expected contiguous float64 tensors of shape"):
             torch.ops.pyreg.sinkhorn(*arguments)
+
+
+@pytest.mark.parametrize(("dtype", "lengths"), [(torch.float32, (1e-30, 1e30)), (torch.float64, (1e-200, 1e200))])
+def test_cosines_know_no_lengths(dtype: torch.dtype, lengths: tuple[float, float]) -> None:
+    """Whose squares may be no numbers."""
+    x, y = torch.randn(5, 3, dtype=dtype), torch.randn(4, 3, dtype=dtype)
+    options: dict[str, Any] = {"cost": "cosine", "epsilon": 0.3}
+    expected = sinkhorn_points(x, y, **options)
+    moved = sinkhorn_points(x * lengths[0], y * lengths[1], **options)
+    eps = torch.finfo(dtype).eps  # lengths are rounded, and what is divided by them
+    torch.testing.assert_close(moved.value, expected.value, rtol=32 * eps, atol=32 * eps)
+    torch.testing.assert_close(moved.plan(), expected.plan(), rtol=256 * eps, atol=0)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_point_at_0_has_no_gradient_by_cosines(streaming: bool) -> None:
+    x, y = torch.tensor([[0.0, 0.0], [1.0, 2.0]], dtype=DOUBLE), torch.tensor([[1.0, 0.0], [0.0, 3.0]], dtype=DOUBLE)
+    (gradient,) = gradients(lambda x: sinkhorn_points(x, y, cost="cosine", epsilon=0.5, streaming=streaming).value, x)
+    assert (gradient[0] == 0).all()
+    assert (gradient[1] != 0).all()

@@ -62,6 +62,7 @@ inline Tensor empty_contiguous(const Tensor& like) {
 }
 
 inline void require_own_memory(const Tensor& tensor, const char* operator_name, const char* list, size_t i) {
+  if (tensor.numel() == 0) return;  // its strides say nothing: torch leaves 0 among them
   for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
     PYREG_REQUIRE(tensor.stride(axis) != 0 || tensor.size(axis) <= 1, operator_name, "expected ", list, "[", i,
                   "] to have memory of its own for each element, got an expanded tensor; clone it first");

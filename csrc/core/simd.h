@@ -137,11 +137,18 @@ PYREG_HOST_DEVICE void prefetch_ahead(const Storage* x) {
   }
 }
 
+// AddressSanitizer sees no access under a mask: lanes one by one, where it is there.
+#if defined(__SANITIZE_ADDRESS__)
+#define PYREG_MASKED_ACCESS 0
+#else
+#define PYREG_MASKED_ACCESS 1
+#endif
+
 // The first `count` lanes from memory, `fill` in the others; reads nothing beyond them.
 PYREG_HOST_DEVICE FloatVector load_partial(const float* p, int count, float fill) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && PYREG_MASKED_ACCESS
   return bit_cast<FloatVector>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (1u << count) - 1u, p));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && PYREG_MASKED_ACCESS
   const __m256i mask = bit_cast<__m256i>(lane_index<float>() < count);
   return bit_cast<FloatVector>(
       _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask)));
@@ -153,7 +160,7 @@ PYREG_HOST_DEVICE FloatVector load_partial(const float* p, int count, float fill
 }
 
 PYREG_HOST_DEVICE DoubleVector load_partial(const double* p, int count, double fill) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && PYREG_MASKED_ACCESS
   return bit_cast<DoubleVector>(_mm512_mask_loadu_pd(_mm512_set1_pd(fill), (1u << count) - 1u, p));
 #else
   DoubleVector v = broadcast(fill);
@@ -164,7 +171,7 @@ PYREG_HOST_DEVICE DoubleVector load_partial(const double* p, int count, double f
 
 template <typename Half>
 PYREG_HOST_DEVICE FloatVector load_partial(const Half* p, int count, float fill) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && PYREG_MASKED_ACCESS
   const FloatVector v = widen(bit_cast<UInt16Vector>(_mm256_maskz_loadu_epi16((1u << count) - 1u, p)), Half{});
 #else
   UInt16Vector bits{};
@@ -205,9 +212,9 @@ PYREG_HOST_DEVICE void store(Half* p, FloatVector v) {
 }
 
 PYREG_HOST_DEVICE void store_partial(float* p, FloatVector v, int count) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && PYREG_MASKED_ACCESS
   _mm512_mask_storeu_ps(p, (1u << count) - 1u, bit_cast<__m512>(v));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && PYREG_MASKED_ACCESS
   _mm256_maskstore_ps(p, bit_cast<__m256i>(lane_index<float>() < count), bit_cast<__m256>(v));
 #else
   for (int lane = 0; lane < count; ++lane) p[lane] = v[lane];
@@ -215,7 +222,7 @@ PYREG_HOST_DEVICE void store_partial(float* p, FloatVector v, int count) {
 }
 
 PYREG_HOST_DEVICE void store_partial(double* p, DoubleVector v, int count) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && PYREG_MASKED_ACCESS
   _mm512_mask_storeu_pd(p, (1u << count) - 1u, bit_cast<__m512d>(v));
 #else
   for (int lane = 0; lane < count; ++lane) p[lane] = v[lane];
@@ -225,7 +232,7 @@ PYREG_HOST_DEVICE void store_partial(double* p, DoubleVector v, int count) {
 template <typename Half>
 PYREG_HOST_DEVICE void store_partial(Half* p, FloatVector v, int count) {
   const UInt16Vector bits = narrow(v, Half{});
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && PYREG_MASKED_ACCESS
   _mm256_mask_storeu_epi16(p, (1u << count) - 1u, bit_cast<__m256i>(bits));
 #else
   for (int lane = 0; lane < count; ++lane) p[lane].bits = bits[lane];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -10,20 +11,32 @@ from torch import Tensor
 
 from pyreg.ops import _library
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def check_number(operator: str, name: str, value: float, low: float, or_equal: bool) -> float:
     """A finite number above ``low``."""
     if isinstance(value, Tensor):
         check_constant(operator, name, value)
-    try:
-        fits = (low <= value if or_equal else low < value) and value < math.inf
-    except TypeError:
-        fits = False
-    if not fits:
+    if not (is_number(value) and (low <= value if or_equal else low < value) and value < math.inf):
         raise ValueError(
             f"{operator}: expected {name} to be a finite number {'>=' if or_equal else '>'} {low:g}, got {value!r}"
         )
     return float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is real and can be compared with others: a number, or a tensor that holds one."""
+    if isinstance(value, Tensor):
+        is_real = value.dtype in _library.FLOAT_DTYPES or value.dtype in INTEGERS
+        return is_real and value.numel() == 1 and value.layout == torch.strided and not value.is_meta
+    return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt))
+
+
+def check_flag(operator: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{operator}: expected {name} to be True or False, got {value!r}")
+    return value
 
 
 def check_constant(operator: str, name: str, tensor: Tensor) -> None:
@@ -43,9 +56,10 @@ def reads_values(tensor: Tensor) -> bool:
 
 
 def check_beside(operator: str, name: str, tensor: Any, like: Tensor, like_name: str) -> None:
-    """An error for what is no tensor, or on another device than the argument ``like_name``."""
+    """An error for what is no dense tensor, or on another device than the argument ``like_name``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
+    _library.check_dense(operator, name, tensor)
     if tensor.device != like.device:
         raise ValueError(
             f"{operator}: expected {name} on the device of {like_name}, {like.device}, got {tensor.device}; move it "

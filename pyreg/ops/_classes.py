@@ -5,18 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyreg.ops import _library
+from pyreg.ops import _checks, _library
 
 
 def check_smoothing(operator: str, label_smoothing: float) -> float:
-    if not label_smoothing <= 1.0:
-        raise ValueError(f"{operator}: expected label_smoothing in [0, 1], got {label_smoothing}")
+    if not (_checks.is_number(label_smoothing) and label_smoothing <= 1.0):
+        raise ValueError(f"{operator}: expected label_smoothing in [0, 1], got {label_smoothing!r}")
     return float(label_smoothing) if label_smoothing > 0.0 else 0.0  # torch reads a negative value as none
 
 
 def check_label_dtype(operator: str, target: Tensor) -> None:
+    _library.check_dense(operator, "target", target)
     if target.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"{operator}: expected class indices of dtype int64, got {target.dtype}; use target.long()")
+
+
+def check_ignore_index(operator: str, ignore_index: int) -> None:
+    if not isinstance(ignore_index, (int, torch.SymInt)) or not -(2**63) <= ignore_index < 2**63:
+        raise TypeError(f"{operator}: expected ignore_index to be an integer of 64 bits, got {ignore_index!r}")
 
 
 def check_nothing_ignored(operator: str, ignore_index: int) -> None:

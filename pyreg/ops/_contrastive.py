@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 Tensors = tuple[Tensor | None, ...]
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
 # Rows whose scores are held from the loss to its gradient, which is formed with it.
 HELD_ROWS = 1024
 
@@ -47,9 +45,10 @@ def check_temperature(operator: str, temperature: float) -> float:
 
 
 def check_beside(operator: str, name: str, tensor: Tensor, features: Tensor) -> None:
-    """An error unless the argument is a tensor on the features' device."""
+    """An error unless the argument is a dense tensor on the features' device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
+    _library.check_dense(operator, name, tensor)
     if tensor.device != features.device:
         raise ValueError(
             f"{operator}: expected {name} on the features' device {features.device}, got {tensor.device}; "
@@ -59,7 +58,7 @@ def check_beside(operator: str, name: str, tensor: Tensor, features: Tensor) -> 
 
 def check_real(operator: str, name: str, tensor: Tensor, features: Tensor) -> None:
     check_beside(operator, name, tensor, features)
-    if tensor.dtype not in _library.FLOAT_DTYPES and tensor.dtype not in _INTEGERS:
+    if tensor.dtype not in _library.FLOAT_DTYPES and tensor.dtype not in _checks.INTEGERS:
         raise TypeError(
             f"{operator}: expected {name} to hold floating numbers or integers, got {tensor.dtype}; "
             f"convert it with {name}.float()"
@@ -69,7 +68,7 @@ def check_real(operator: str, name: str, tensor: Tensor, features: Tensor) -> No
 def integer_rows(operator: str, name: str, labels: Tensor, count: int, symbol: str, features: Tensor) -> Tensor:
     """Labels or ids ``[count]`` as int64."""
     check_beside(operator, name, labels, features)
-    if labels.dtype not in _INTEGERS:
+    if labels.dtype not in _checks.INTEGERS:
         raise TypeError(f"{operator}: expected {name} to be integers, got {labels.dtype}; use {name}.long()")
     if labels.shape != (count,):
         raise ValueError(f"{operator}: expected {name} of shape [{symbol}] = [{count}], got {list(labels.shape)}")

@@ -263,6 +263,12 @@ def check_float(operator: str, name: str, tensor: Any) -> None:
             f"{operator}: expected {name} to be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
             f"convert it with {name}.float()"
         )
+    check_dense(operator, name, tensor)
+
+
+def check_dense(operator: str, name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{operator}: expected {name} to be dense, got layout {tensor.layout}; use {name}.to_dense()")
 
 
 def shape_text(tensor: Tensor) -> str:

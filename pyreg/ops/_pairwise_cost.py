@@ -41,8 +41,13 @@ def pull(weights: Tensor, x: Tensor, y: Tensor, costs: Tensor, code: int) -> tup
 
 
 def units(x: Tensor) -> Tensor:
+    """At length 1, by way of the largest coordinate, so that no square over- or underflows; a point at 0 stays there,
+    and has no gradient."""
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    is_there = largest > 0
+    x = torch.where(is_there, x / torch.where(is_there, largest, 1), 0)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(length > 0, length, 1)
+    return x / torch.where(is_there, length, 1)
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:

@@ -84,6 +84,8 @@ def info_nce(
     """
     code = _library.reduction_code(_NAME, reduction)
     temperature = _contrastive.check_temperature(_NAME, temperature)
+    _checks.check_flag(_NAME, "normalize", normalize)
+    _checks.check_flag(_NAME, "symmetric", symmetric)
     q = _contrastive.feature_rows(_NAME, "query", query)
     k = _contrastive.feature_rows(_NAME, "key", key)
     q, k = _check_pair(q, k, symmetric)
@@ -97,7 +99,7 @@ def info_nce(
         loss = reference.info_nce(q, k, temperature, normalize, symmetric, log_q, ids, reduction)
         return loss.to(_contrastive.loss_dtype(q))
     if ranks is not None:
-        numbers = (temperature, bool(normalize), bool(symmetric), code, _contrastive.loss_dtype(q))
+        numbers = (temperature, normalize, symmetric, code, _contrastive.loss_dtype(q))
         return _InfoNceOfAllRanks.apply(ranks, numbers, q, k, log_q, ids)  # type: ignore[no-any-return, no-untyped-call]
     if q.shape[0] == 0:
         return _contrastive.loss_of_no_rows(q, code) + k[:0].sum()  # which leads to k
@@ -106,7 +108,7 @@ def info_nce(
     is_formed = code != 0 and q.is_cpu and _contrastive.forms_gradients()
     if is_formed and (not symmetric or q.shape[0] <= _contrastive.HELD_ROWS):
         with_gradient = [q.requires_grad, k.requires_grad]
-    options = (temperature, bool(normalize), True, bool(symmetric), 0, code, _contrastive.loss_dtype(q), with_gradient)
+    options = (temperature, normalize, True, symmetric, 0, code, _contrastive.loss_dtype(q), with_gradient)
     return _differentiable(q, k, log_q, query_ids, ids, *options)[0]  # type: ignore[no-any-return]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyreg.ops import _classes, _library
 from pyreg.ops.scale_rows import scale_rows_
-from pyreg.ops.stablemax import gradient_expression, stablemax_cross_entropy
+from pyreg.ops.stablemax import cross_entropy_as, gradient_expression
 from pyreg.reference import linear_stablemax as reference
 
 _NAME = "linear_stablemax_cross_entropy"
@@ -81,15 +81,17 @@ def linear_stablemax_cross_entropy(
     """
     code = _library.reduction_code(_NAME, reduction)
     smoothing = _classes.check_smoothing(_NAME, label_smoothing)
+    _classes.check_ignore_index(_NAME, ignore_index)
     labels = _check_tensors(input, linear_weight, target, linear_bias, ignore_index)
     compute = _compute_dtype(input, smoothing)
     if weight is not None:
         weight = _classes.check_weight(_NAME, weight, linear_weight.shape[0], input)
     if not labels or _has_small_logits(input, linear_weight):
-        logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
+        logits = _held_logits(input, linear_weight, linear_bias, compute)
         if input.dim() > 2:
             logits, target = logits.flatten(0, -2), target.flatten(0, -2 if not labels else -1)
-        loss = stablemax_cross_entropy(logits, target, weight, ignore_index, reduction, smoothing)
+        loss = cross_entropy_as(_NAME, logits, target, weight, ignore_index, reduction, smoothing)
+        loss = loss.to(_loss_dtype(input))
         return loss.reshape(input.shape[:-1]) if code == 0 else loss
     rows, row_target = input.reshape(target.numel(), input.shape[-1]), target.reshape(-1).long()
     if not _library.has_kernel(input):
@@ -101,10 +103,9 @@ def linear_stablemax_cross_entropy(
     needs_grad = [
         grad_enabled and tensor is not None and tensor.requires_grad for tensor in (input, linear_weight, linear_bias)
     ]
-    loss_dtype = torch.float32 if _is_autocast(input) else input.dtype
     loss = _differentiable(
         *(rows, linear_weight, row_target, linear_bias, weight, code, ignore_index, smoothing),
-        *(compute, loss_dtype, needs_grad),
+        *(compute, _loss_dtype(input), needs_grad),
     )[0]
     return loss.reshape(target.shape) if code == 0 else loss  # type: ignore[no-any-return]
 
@@ -119,6 +120,15 @@ def _has_small_logits(input: Tensor, linear_weight: Tensor) -> bool:
         return False
     logits = input.numel() // max(input.shape[-1], 1) * linear_weight.shape[0]
     return 0 < 4 * logits <= _SMALL_LOGITS_BYTES and _library.has_kernel(input)
+
+
+def _held_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, compute: torch.dtype) -> Tensor:
+    """All of them; in float32 where float16 is not computed in, whose largest number is soon reached."""
+    if compute == torch.float32 and torch.float16 in (input.dtype, _autocast_dtype(input)):
+        with _library.no_autocast(input):
+            bias = None if linear_bias is None else linear_bias.to(compute)
+            return torch.nn.functional.linear(input.to(compute), linear_weight.to(compute), bias)
+    return torch.nn.functional.linear(input, linear_weight, linear_bias)
 
 
 # ---- argument checks ----
@@ -177,9 +187,17 @@ def _is_autocast(input: Tensor) -> bool:
     return input.dtype != torch.float64 and _library.is_autocast(input)
 
 
+def _autocast_dtype(input: Tensor) -> torch.dtype | None:
+    return torch.get_autocast_dtype(input.device.type) if _is_autocast(input) else None
+
+
+def _loss_dtype(input: Tensor) -> torch.dtype:
+    return torch.float32 if _is_autocast(input) else input.dtype
+
+
 def _compute_dtype(input: Tensor, smoothing: float) -> torch.dtype:
     """The dtype of the matrix products' operands."""
-    dtype = torch.get_autocast_dtype(input.device.type) if _is_autocast(input) else input.dtype
+    dtype = _autocast_dtype(input) or input.dtype
     # The logits' gradients, some of a millionth, are below float16's numbers: only the tiles keep them at a scale of
     # their own. The CPU's float16 products take several times float32's time besides.
     has_tiles = smoothing == 0 and _has_tiles(input)

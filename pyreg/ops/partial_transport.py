@@ -229,7 +229,8 @@ class _Options:
             )
         self.mass = check_mass(operator, "mass", mass)
         self.epsilon = _checks.check_number(operator, "epsilon", epsilon, 0, or_equal=False)
-        self.gamma = gamma if gamma == math.inf else _checks.check_number(operator, "gamma", gamma, 0, or_equal=False)
+        is_infinite = _checks.is_number(gamma) and gamma == math.inf
+        self.gamma = math.inf if is_infinite else _checks.check_number(operator, "gamma", gamma, 0, or_equal=False)
         if not isinstance(max_iter, int) or max_iter < 1:
             raise ValueError(f"{operator}: expected max_iter to be an integer >= 1, got {max_iter!r}")
         self.tol = _checks.check_number(operator, "tol", tol, 0, or_equal=True)
@@ -314,11 +315,7 @@ class _Options:
 
 
 def check_mass(operator: str, name: str, mass: float) -> float:
-    try:
-        fits = 0 < mass <= 1
-    except TypeError:
-        fits = False
-    if not fits:
+    if not (_checks.is_number(mass) and 0 < mass <= 1):
         raise ValueError(f"{operator}: expected {name} to be a number in (0, 1], got {mass!r}")
     return float(mass)
 

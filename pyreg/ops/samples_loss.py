@@ -263,19 +263,33 @@ def refuse_unknown(loss: str, cost: object, kernel: object, cluster_scale: objec
 
 
 def checked(p: int, blur: float, reach: float | None, diameter: float | None, scaling: float, debias: bool) -> Options:
-    if p not in (1, 2):
+    if not _checks.is_number(p) or p not in (1, 2):
         raise ValueError(
             f"{_NAME}: expected p to be 1 or 2, got {p!r}; use pyreg.functional.sinkhorn on a cost of your own"
         )
-    blur = _checks.check_number(_NAME, "blur", blur, 0, or_equal=False)
-    if reach is not None and reach != math.inf:
-        reach = _checks.check_number(_NAME, "reach", reach, 0, or_equal=False)
+    p = int(p)
+    blur = _check_length("blur", blur, p)
+    if reach is not None and not (_checks.is_number(reach) and reach == math.inf):
+        reach = _check_length("reach", reach, p)
     if diameter is not None:
-        diameter = _checks.check_number(_NAME, "diameter", diameter, 0, or_equal=False)
+        diameter = _check_length("diameter", diameter, p)
+    _checks.check_flag(_NAME, "debias", debias)
     scaling = _checks.check_number(_NAME, "scaling", scaling, 0, or_equal=False)
     if scaling >= 1:
         raise ValueError(f"{_NAME}: expected scaling to be between 0 and 1, got {scaling!r}")
-    return Options(int(p), blur, math.inf if reach is None else reach, diameter or 0.0, scaling, bool(debias))
+    return Options(p, blur, math.inf if reach is None else reach, diameter or 0.0, scaling, debias)
+
+
+def _check_length(name: str, length: float, p: int) -> float:
+    """Above 0, and its power p, which is a cost, too."""
+    length = _checks.check_number(_NAME, name, length, 0, or_equal=False)
+    # By logarithms, for a power may be no number; the costs inside are up to twice as large.
+    if not -700 < p * math.log(length) < 700:
+        raise ValueError(
+            f"{_NAME}: expected {name} whose power {name}^p = {name}^{p} is a number above 0, got {length!r}; scale "
+            "points and lengths"
+        )
+    return length
 
 
 def _samples(arguments: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -367,8 +368,13 @@ def problems_of_points(
 def _offsets(operator: str, name: str, offsets: Offsets, points: Tensor, of: str) -> list[int]:
     if points.dim() != 2:
         raise ValueError(f"{operator}: expected {of} of shape [N, d] with {name}, got {list(points.shape)}")
-    values = offsets.tolist() if isinstance(offsets, Tensor) else list(offsets)
-    if not isinstance(values, list) or not all(type(value) is int for value in values):
+    values: list[int] | None = None
+    if isinstance(offsets, Tensor):
+        if offsets.dim() == 1 and offsets.dtype in _checks.INTEGERS and offsets.layout == torch.strided:
+            values = None if offsets.is_meta else offsets.tolist()
+    elif isinstance(offsets, Sequence):
+        values = list(offsets)
+    if values is None or not all(type(value) is int for value in values):
         raise TypeError(f"{operator}: expected {name} to be integers [B + 1], got {offsets!r}")
     ascends = all(begin < end for begin, end in itertools.pairwise(values))
     if len(values) < 2 or values[0] != 0 or values[-1] != len(points) or not ascends:

@@ -198,9 +198,16 @@ def stablemax_cross_entropy_(
         >>> layer, x = torch.nn.Linear(8, 113), torch.randn(16, 8)
         >>> pyreg.functional.stablemax_cross_entropy_(layer(x), torch.randint(113, (16,))).backward()
     """
-    return _cross_entropy(
-        "stablemax_cross_entropy_", input, target, weight, ignore_index, reduction, label_smoothing, in_place=True
-    )
+    arguments = input, target, weight, ignore_index, reduction, label_smoothing
+    return cross_entropy_as("stablemax_cross_entropy_", *arguments, in_place=True)
+
+
+def cross_entropy_as(operator: str, *arguments: Any, in_place: bool = False) -> Tensor:
+    """:func:`stablemax_cross_entropy` for an operator with another name, by which errors call it."""
+    try:
+        return _cross_entropy(operator, *arguments, in_place=in_place)
+    except IndexError as error:  # the kernel's
+        raise IndexError(str(error).replace("stablemax_cross_entropy:", f"{operator}:", 1)) from None
 
 
 # ---- argument checks and shapes ----
@@ -214,6 +221,10 @@ def _autocast_dtype(input: Tensor) -> torch.dtype:
 
 def _rows(operator: str, input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
     _library.check_float(operator, "input", input)
+    if not isinstance(dim, (int, torch.SymInt)):
+        raise TypeError(f"{operator}: expected dim to be an integer, got {dim!r}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{operator}: expected dtype to be a torch.dtype or None, got {dtype!r}")
     rank = max(input.dim(), 1)
     if not -rank <= dim < rank:
         shape = _library.shape_text(input)
@@ -238,6 +249,7 @@ def _cross_entropy(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
+    *,
     in_place: bool,
 ) -> Tensor:
     _library.check_float(operator, "input", input)
@@ -245,6 +257,7 @@ def _cross_entropy(
         raise TypeError(f"{operator}: expected target to be a tensor, got {type(target).__name__}")
     code = _library.reduction_code(operator, reduction)
     smoothing = _classes.check_smoothing(operator, label_smoothing)
+    _classes.check_ignore_index(operator, ignore_index)
     labels = _check_target(operator, input, target, ignore_index)
     if weight is not None:
         weight = _classes.check_weight(operator, weight, _class_count(input), input)
@@ -336,6 +349,7 @@ def _check_target(operator: str, input: Tensor, target: Tensor, ignore_index: in
 
 
 def _check_beside(operator: str, input: Tensor, target: Tensor) -> None:
+    _library.check_dense(operator, "target", target)
     if target.device != input.device:
         raise ValueError(
             f"{operator}: expected target on input's device {input.device}, got {target.device}; "

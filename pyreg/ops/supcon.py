@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyreg.ops import _contrastive, _library, _ranks
+from pyreg.ops import _checks, _contrastive, _library, _ranks
 from pyreg.ops._options import Reduction
 from pyreg.reference import supcon as reference
 
@@ -73,6 +73,7 @@ def supcon_loss(
     """
     code = _library.reduction_code(_NAME, reduction)
     temperature = _contrastive.check_temperature(_NAME, temperature)
+    _checks.check_flag(_NAME, "normalize", normalize)
     rows = _contrastive.feature_rows(_NAME, "features", features)
     labels = _contrastive.integer_rows(_NAME, "labels", labels, rows.shape[0], "N", features)
     ranks = None if group is None else _ranks.process_group(_NAME, group, rows)
@@ -80,7 +81,7 @@ def supcon_loss(
     if not _library.has_kernel(features):
         loss = reference.supcon_loss(rows, labels, temperature, normalize, reduction)
         return loss.to(_contrastive.loss_dtype(rows))
-    numbers = (temperature, bool(normalize))
+    numbers = (temperature, normalize)
     if ranks is not None:
         return _loss.of_all_ranks(_NAME, ranks, rows, (labels,), numbers, code)
     if rows.shape[0] == 0:

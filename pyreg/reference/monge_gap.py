@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .sinkhorn import pairwise_cost
 
 
 def monge_gap(
@@ -52,14 +53,3 @@ def potentials(costs: Tensor, eps: Tensor, max_iter: int, tol: float) -> tuple[T
 def default_epsilon(costs: Tensor) -> Tensor:
     """`[...]`, a constant: a twentieth of the standard deviation of all costs `[..., n, n]`."""
     return 0.05 * costs.detach().flatten(-2).std(-1, correction=0)
-
-
-def pairwise_cost(x: Tensor, y: Tensor, cost: str) -> Tensor:
-    """`[..., n, m]` of points `x [..., n, d]` and `y [..., m, d]`: `|x - y|^2` ("sqeuclidean"), `|x - y|`
-    ("euclidean") or `1 - x.y / (|x| |y|)` ("cosine"), 1 for a point at 0."""
-    if cost == "cosine":
-        return 1 - F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).mT
-    squares = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
-    if cost == "sqeuclidean":
-        return squares
-    return torch.where(squares > 0, squares, 1).sqrt().where(squares > 0, 0)  # its gradient at x = y is 0

@@ -15,7 +15,6 @@ hold. Potentials of a problem without a finite rho are known up to a constant: (
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -79,14 +78,18 @@ def value(
 
 def pairwise_cost(x: Tensor, y: Tensor, cost: str) -> Tensor:
     """`[..., n, m]` of points `x [..., n, d]` and `y [..., m, d]`: `|x - y|^2` ("sqeuclidean"), `|x - y|`
-    ("euclidean") or `1 - x.y / (|x| |y|)` ("cosine"), 1 for a point at 0."""
+    ("euclidean") or `1 - x.y / (|x| |y|)` ("cosine"), 1 for a point at 0, which has no gradient."""
     if cost == "cosine":
-        x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
-        return 1 - x @ y.mT
+        return 1 - _units(x) @ _units(y).mT
     squares = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
     if cost == "sqeuclidean":
         return squares
     return torch.where(squares > 0, squares, 1).sqrt().where(squares > 0, 0)  # its gradient at x = y is 0
+
+
+def _units(x: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(length > 0, x, 0) / torch.where(length > 0, length, 1)
 
 
 def _potential(
