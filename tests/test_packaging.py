@@ -100,11 +100,17 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path):
     } == set()
 
 
-@pytest.mark.usefixtures("wheel")  # compiled there
+@pytest.mark.usefixtures("wheel")  # compiled there; a build folder is one Python's
 def test_an_editable_installation_runs_from_the_sources(tmp_path: Path):
-    builder = new_environment(BUILD.with_name("packaging_venv"))
-    run([builder, *PIP, "install", *OPTIONS, "--ignore-installed", "-e", str(ROOT)], tmp_path)
-    assert Path(run([builder, "-c", RUN], tmp_path).strip()) == ROOT / "pyreg" / "__init__.py"
+    run(
+        [sys.executable, *PIP, "install", *OPTIONS, "--ignore-installed", "--prefix", str(tmp_path), "-e", str(ROOT)],
+        tmp_path,
+    )
+    site = sysconfig.get_path("purelib", vars={"base": str(tmp_path), "platbase": str(tmp_path)})
+    code = f"import site; site.addsitedir({site!r})\n{RUN}"
+    assert (
+        Path(run([new_environment(tmp_path / "venv"), "-c", code], tmp_path).strip()) == ROOT / "pyreg" / "__init__.py"
+    )
 
 
 def test_the_sources_hold_what_builds_and_tests_them(tmp_path: Path):
