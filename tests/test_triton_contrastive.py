@@ -181,7 +181,10 @@ SMALL: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
     (test_supcon.test_all_of_one_label, (30,)),
     (test_supcon.test_names_and_order_of_labels_do_not_matter, (20,)),
     *((test_info_nce.test_is_torchs_cross_entropy, ((5, 5), normalize)) for normalize in (True, False)),
-    *((test_info_nce.test_against_the_derivative_by_hand, ((37, 53), symmetric, True, True)) for symmetric in (0, 1)),
+    *(
+        (test_info_nce.test_against_the_derivative_by_hand, ((37, 53), symmetric, True, True))
+        for symmetric in (False, True)
+    ),
     (test_info_nce.test_gradients_only_where_needed, ("sum", True, 20)),
     (test_info_nce.test_all_of_one_id, (True, 20)),
     (test_info_nce.test_no_queries, ()),

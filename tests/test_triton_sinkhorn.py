@@ -313,7 +313,9 @@ def test_rows_without_a_weight(
     f[0, 20], f[1, 64:] = -INF, -INF
     side = _potentials.Side(f, torch.rand_like(f), torch.rand_like(f) + 0.5, epsilon, True)
     expected = _point_potentials._filled((x, y), cost, side, g, side.potentials == -INF)
-    there = _potentials.Side(*(part.to(triton_device) if isinstance(part, Tensor) else part for part in side))
+    there = _potentials.Side(
+        *(part.to(triton_device) if isinstance(part, Tensor) else part for part in vars(side).values())
+    )
     points = x.to(triton_device, dtype), y.to(triton_device, dtype)
     actual = _point_potentials._filled_without_waiting(
         points, cost, there, g.to(triton_device), there.potentials == -INF
