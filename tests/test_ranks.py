@@ -1,13 +1,9 @@
-"""Losses of the global batch: two processes against one.
-
-Both ranks run all cases in one go, each with its share of the rows, and leave what they found in files.
-"""
+"""Losses of the global batch: two processes, each with its share of the rows, against one."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +13,8 @@ from torch import Tensor
 
 import pyreg
 from pyreg.functional import conr_loss, info_nce, supcon_loss
+from tests.ranks import RANKS, found_by_ranks, message_of
 
-RANKS = 2
 # Which rows of all rows a rank has: as many each, or not, or one rank alone.
 EVEN = [[0, 1, 2, 3], [4, 5, 6, 7]]
 UNEVEN = [[0, 1, 2, 3, 4], [5, 6, 7]]
@@ -120,12 +116,6 @@ def linear() -> torch.nn.Module:
     return torch.nn.Linear(6, 4, dtype=torch.float64)
 
 
-def message_of(call: Callable[[], object]) -> str:
-    with pytest.raises((ValueError, RuntimeError, NotImplementedError)) as error:
-        call()
-    return str(error.value)
-
-
 def in_16_bits(dtype: torch.dtype, rank: int) -> tuple[Tensor, Tensor]:
     case = CASES["conr-paper-mean"]
     tensors = case.of_rank([case.tensors[0].to(dtype), *case.tensors[1:]], rank)
@@ -133,10 +123,7 @@ def in_16_bits(dtype: torch.dtype, rank: int) -> tuple[Tensor, Tensor]:
     return loss, gradients[0]
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    found: dict[str, Any] = {}
+def run_rank(rank: int, found: dict[str, Any]) -> None:
     for name, case in CASES.items():
         found[name] = case.run(case.of_rank(case.tensors, rank), case.upstream(rank), group=True)
     model = torch.nn.parallel.DistributedDataParallel(linear())
@@ -166,18 +153,11 @@ def run_rank(rank: int, folder: str) -> None:
         found["group of one"] = supcon_loss(numbers(4, 3), labels, group=alone)
     else:
         found["not in group"] = message_of(lambda: supcon_loss(numbers(4, 3), labels, group=alone))
-    torch.save(found, f"{folder}/rank{rank}")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("torch has no gloo")
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"rank{rank}") for rank in range(RANKS)]
+    return found_by_ranks(run_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,14 +1,11 @@
 """What ranks of a process group compute of their shards: two processes against one.
 
-Classes of a cross-entropy, parameters of an optimizer, rows of a transport problem. Both ranks run all cases in one go
-and leave what they found in files.
+Classes of a cross-entropy, parameters of an optimizer, rows of a transport problem.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,18 +20,11 @@ import pyreg
 from pyreg.functional import sinkhorn_points, stablemax_cross_entropy
 from pyreg.optim import OrthoGrad, orthogonalize_gradients_
 from pyreg.transport import Transport
-
-RANKS = 2
+from tests.ranks import RANKS, found_by_ranks, message_of
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def message_of(call: Callable[[], object]) -> str:
-    with pytest.raises((ValueError, TypeError, IndexError, RuntimeError, NotImplementedError)) as error:
-        call()
-    return str(error.value)
 
 
 # ---- classes ----
@@ -277,25 +267,15 @@ def run_points(rank: int, found: dict[str, Any]) -> None:
 # ---- two processes, and what they found ----
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    found: dict[str, Any] = {}
+def run_rank(rank: int, found: dict[str, Any]) -> None:
     run_classes(rank, found)
     run_parameters(rank, found)
     run_points(rank, found)
-    torch.save(found, f"{folder}/rank{rank}")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found."""
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("torch has no gloo")
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"rank{rank}") for rank in range(RANKS)]
+    return found_by_ranks(run_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
