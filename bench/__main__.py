@@ -58,13 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     console.print(f"Rows written to {path}", highlight=False, soft_wrap=True)
     try:
-        from . import html
+        from . import page
     except ModuleNotFoundError as error:
         console.print(
-            f"No report, for {error.name} is not installed; elsewhere: python -m bench.html {path} report.html"
+            f"No report, for {error.name} is not installed; elsewhere: python -m bench.page {path} report.html"
         )
     else:
-        html.write(options.page, rows.read([path]))
+        page.write(options.page, rows.read([path]))
         console.print(f"Report written to {options.page}", highlight=False, soft_wrap=True)
     missed = any(verdict.status == targets.MISSED for verdict in verdicts)
     return 1 if options.strict and missed else 0

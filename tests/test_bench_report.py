@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from bench import figures, floor, html, markdown, plot, report, rows, scaling, tables, targets
+from bench import figures, floor, markdown, page, plot, report, rows, scaling, tables, targets
 from tests.bench_rows import judge, measurement, target, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -281,22 +281,22 @@ class Page(HTMLParser):
 class TestPage:
     def test_it_is_whole_and_needs_nothing_else(self, results: list[Path], tmp_path: Path) -> None:
         path = tmp_path / "report.html"
-        assert html.main([*map(str, results), str(path)]) == 0
+        assert page.main([*map(str, results), str(path)]) == 0
         text = path.read_text()
-        page = Page(text)
-        assert page.open == []
-        assert len(page.resources) == 5  # the summary, the floors, alpha, beta, beta's sweep
-        assert all(resource.startswith("data:image/svg+xml;base64,") for resource in page.resources)
-        assert set(page.anchors) == {"#alpha", "#beta"}
-        assert all(f'id="{anchor[1:]}"' in text for anchor in page.anchors)
+        shown = Page(text)
+        assert shown.open == []
+        assert len(shown.resources) == 5  # the summary, the floors, alpha, beta, beta's sweep
+        assert all(resource.startswith("data:image/svg+xml;base64,") for resource in shown.resources)
+        assert set(shown.anchors) == {"#alpha", "#beta"}
+        assert all(f'id="{anchor[1:]}"' in text for anchor in shown.anchors)
         assert not re.search(r"@import|url\(", text)
-        for resource in page.resources:
+        for resource in shown.resources:
             picture = base64.b64decode(resource.partition(",")[2]).decode()
             ElementTree.fromstring(picture)
             assert not re.search(r'(href|src)="(?!#)', picture)
 
     def test_it_has_all_numbers(self, results: list[Path]) -> None:
-        words = Page(html.page(rows.read(results))).words
+        words = Page(page.page(rows.read(results))).words
         # Two times and a peak, ours / floor, the rivals' ratios, exponents, where it was measured.
         for number in (
             "250 ms",
@@ -320,7 +320,7 @@ class TestPage:
         monkeypatch.setattr(targets, "load", lambda: wanted)
         measured = [measurement("ours", [2.0], peak_bytes=3_000_000), measurement("other", [5.0])]
         measured += [measurement("gone", [], error="left out: no time")]
-        words = Page(html.page(rows.of(measured))).words
+        words = Page(page.page(rows.of(measured))).words
         assert re.findall(r"(met|missed|not measured): (\d+)", words) == [
             ("met", "1"),
             ("missed", "1"),

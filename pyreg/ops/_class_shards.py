@@ -52,15 +52,16 @@ def shard(operator: str, group: Any, num_classes: int | None, input: Tensor, own
     return None if members is None else Shard(first, own, classes, members.group_name)
 
 
-def _local_target(target: Tensor, ignore_index: int, shard: Shard) -> tuple[Tensor, Tensor]:
-    """Of rows ``[rows]``: the target among the rank's classes as kernels take it, and whether it is one of them."""
+def _local_target(target: Tensor, ignore_index: int, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows ``[rows]``: the target among the rank's classes as kernels take it, whether it is one of them, and
+    whether it is no class of any rank."""
     labels = target.flatten()
     counts = labels != ignore_index
     is_class = (labels >= 0) & (labels < shard.classes)
     local = labels - shard.first
-    is_own = counts & is_class & (local >= 0) & (local < shard.own)
+    is_own = is_class & counts & (local >= 0) & (local < shard.own)
     local = torch.where(is_own, local, 0).where(is_class, shard.own).where(counts, _NO_CLASS)
-    return local, is_own
+    return local, is_own, counts & ~is_class
 
 
 def _forward(
@@ -76,9 +77,8 @@ def _forward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     own = Shard(first, input.shape[1], classes, group)
-    local, is_own = _local_target(target, ignore_index, own)
+    local, is_own, is_invalid = _local_target(target, ignore_index, own)
     counts = local != _NO_CLASS
-    is_invalid = local == own.own if own.own > 0 else counts & False
     at = torch.where(is_own, local, 0)
 
     parts, weights, first_class = _parts(input, target.shape, local, at, is_own, weight, label_smoothing)

@@ -1,4 +1,4 @@
-"""`python -m bench.html RESULTS.csv [more.csv] OUT.html`: one page with all tables and figures.
+"""`python -m bench.page RESULTS.csv [more.csv] OUT.html`: one page with all tables and figures.
 
 It is drawn from the CSV alone. It needs nothing beside itself: styles and figures are inside of it.
 """
@@ -77,7 +77,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.html", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.page", description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.csv")
     parser.add_argument("out", type=Path, metavar="OUT.html")
     options = parser.parse_args(arguments)
