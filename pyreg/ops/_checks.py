@@ -67,6 +67,14 @@ def check_beside(operator: str, name: str, tensor: Any, like: Tensor, like_name:
         )
 
 
+def check_real(operator: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _library.FLOAT_DTYPES and tensor.dtype not in INTEGERS:
+        raise TypeError(
+            f"{operator}: expected {name} to hold floating numbers or integers, got {tensor.dtype}; convert it with "
+            f"{name}.float()"
+        )
+
+
 def check_weights(operator: str, name: str, weights: Tensor) -> None:
     """Finite and at least 0, where values are read."""
     if not reads_values(weights) or weights.numel() == 0:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyreg.ops import _classes, _library, _ranks
+from pyreg.reference.stablemax import s
 
 _NAME = "stablemax_cross_entropy"
 _NO_CLASS = -1  # of rows that are ignored, in the kernels' calls
@@ -105,10 +106,10 @@ def _forward(
     losses = keep * target_weight * losses
     if spread > 0:
         losses = losses - spread * (all_weights * per_sum.log() + logarithms[0])
-    pivot_share = _s(logit) * per_sum
+    pivot_share = s(logit) * per_sum
     of_target = torch.where(rest_share < 0.5, rest_mass - mass * rest_share, mass * pivot_share - pivot_mass)
     sum_gradient = mass * per_sum
-    of_first = sum_gradient * _s(first_class[0]) - spread * first_class[1]
+    of_first = sum_gradient * s(first_class[0]) - spread * first_class[1]
 
     fields = torch.stack([sum_gradient, torch.where(is_own, of_target, of_first), losses])
     fields = fields.masked_fill(is_invalid, math.nan).where(counts, 0)
@@ -164,10 +165,6 @@ def _parts(
     first_logits = input[:, 0].flatten().double()
     first_weights = torch.ones_like(first_logits) if weight is None else weight[0].double().expand_as(first_logits)
     return torch.stack(parts), weights, torch.stack([first_logits, first_weights])
-
-
-def _s(x: Tensor) -> Tensor:
-    return torch.where(x < 0, 1 / (1 - x), 1 + x)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

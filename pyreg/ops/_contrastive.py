@@ -58,11 +58,7 @@ def check_beside(operator: str, name: str, tensor: Tensor, features: Tensor) -> 
 
 def check_real(operator: str, name: str, tensor: Tensor, features: Tensor) -> None:
     check_beside(operator, name, tensor, features)
-    if tensor.dtype not in _library.FLOAT_DTYPES and tensor.dtype not in _checks.INTEGERS:
-        raise TypeError(
-            f"{operator}: expected {name} to hold floating numbers or integers, got {tensor.dtype}; "
-            f"convert it with {name}.float()"
-        )
+    _checks.check_real(operator, name, tensor)
 
 
 def integer_rows(operator: str, name: str, labels: Tensor, count: int, symbol: str, features: Tensor) -> Tensor:

@@ -114,7 +114,9 @@ class ShardedPointCost(PointCost):
         x, y = (points.detach().contiguous() for points in self.points)
         a, b = a.detach(), b.detach()
         log_a, log_b, ones, zeros = a.log(), b.log(), torch.ones_like(b), torch.zeros_like(b)
-        is_balanced = self._rows.over_ranks(torch.zeros(1) + (rho_a is not None)).item() == 0 and rho_b is None
+        # A number on the points' device, which is where the group's ranks exchange.
+        penalised = self._rows.over_ranks(epsilon.new_full((1,), rho_a is not None))
+        is_balanced = penalised.item() == 0 and rho_b is None
 
         def own(g: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
             """This rank's potentials, and the logarithms of its sums of the columns."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyreg.ops import _checks, _library
+from pyreg.ops import _checks
 from pyreg.ops._dense_cost import DenseCost
 from pyreg.ops._point_cost import PointCost
 from pyreg.ops._potentials import Side
@@ -123,11 +123,7 @@ class _Arguments:
         """``[B, n]``, float64; None where all of it is known to be infinite."""
         if isinstance(rho, Tensor):
             self.check_beside(name, rho)
-            if rho.dtype not in _library.FLOAT_DTYPES and rho.dtype not in _checks.INTEGERS:
-                raise TypeError(
-                    f"{self._operator}: expected {name} to hold floating numbers or integers, got {rho.dtype}; convert "
-                    f"it with {name}.float()"
-                )
+            _checks.check_real(self._operator, name, rho)
             _checks.check_constant(self._operator, name, rho)
             if _checks.reads_values(rho) and rho.numel() > 0:
                 if not bool((rho > 0).all()):

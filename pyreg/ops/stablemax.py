@@ -252,12 +252,7 @@ def _cross_entropy(
     *,
     in_place: bool,
 ) -> Tensor:
-    _library.check_float(operator, "input", input)
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{operator}: expected target to be a tensor, got {type(target).__name__}")
-    code = _library.reduction_code(operator, reduction)
-    smoothing = _classes.check_smoothing(operator, label_smoothing)
-    _classes.check_ignore_index(operator, ignore_index)
+    code, smoothing = _check_options(operator, input, target, ignore_index, reduction, label_smoothing)
     labels = _check_target(operator, input, target, ignore_index)
     if weight is not None:
         weight = _classes.check_weight(operator, weight, _class_count(input), input)
@@ -284,6 +279,19 @@ def _cross_entropy(
     return loss  # type: ignore[no-any-return]
 
 
+def _check_options(
+    operator: str, input: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float
+) -> tuple[int, float]:
+    """The schema's reduction and label smoothing."""
+    _library.check_float(operator, "input", input)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{operator}: expected target to be a tensor, got {type(target).__name__}")
+    code = _library.reduction_code(operator, reduction)
+    smoothing = _classes.check_smoothing(operator, label_smoothing)
+    _classes.check_ignore_index(operator, ignore_index)
+    return code, smoothing
+
+
 def _sharded_cross_entropy(
     operator: str,
     input: Tensor,
@@ -295,16 +303,12 @@ def _sharded_cross_entropy(
     group: dist.ProcessGroup | bool | None,
     num_classes: int | None,
 ) -> Tensor:
-    _library.check_float(operator, "input", input)
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{operator}: expected target to be a tensor, got {type(target).__name__}")
+    code, smoothing = _check_options(operator, input, target, ignore_index, reduction, label_smoothing)
     if group is None or group is False:
         raise ValueError(f"{operator}: num_classes goes with group, whose ranks share the classes; got group={group!r}")
     shard = _class_shards.shard(operator, group, num_classes, input, _class_count(input)) if input.dim() > 0 else None
     if shard is None:
         return _cross_entropy(operator, input, target, weight, ignore_index, reduction, label_smoothing, in_place=False)
-    code = _library.reduction_code(operator, reduction)
-    smoothing = _classes.check_smoothing(operator, label_smoothing)
     if target.shape == input.shape and target.is_floating_point():
         raise ValueError(
             f"{operator}: expected class indices in target with group, got {target.dtype} of input's shape; "
