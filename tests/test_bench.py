@@ -624,6 +624,6 @@ class TestSinkhornDivergence:
         def best_of(count: int) -> float:
             call = floor.exponentials(count)
             call()
-            return min(timeit.repeat(call, number=1, repeat=5))
+            return min(timeit.repeat(call, timer=time.process_time, number=1, repeat=20))  # whoever shares the cores
 
         assert best_of(1 << 26) > 4 * best_of(1 << 22)

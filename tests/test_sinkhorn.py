@@ -221,6 +221,32 @@ def test_float32_points_at_small_epsilon(cost: str, dimension: int, epsilon: flo
         assert (columns - b).abs().sum() <= 2e-6
 
 
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize(("rho_a", "rho_b"), [(INF, 0.03), (0.03, INF), (0.03, 30.0)])
+@pytest.mark.parametrize("size", [(1, 2), (40, 50), (150, 200)])
+@pytest.mark.parametrize("kind", ["dense", "points"])
+def test_float32_at_rho_far_below_epsilon(
+    device: torch.device, kind: str, size: tuple[int, int], rho_a: float, rho_b: float, name: str
+) -> None:
+    """Values and gradients take exp(-f / rho): f is right to rho's rounding, not only to epsilon's."""
+    epsilon = 100.0
+    inputs = [torch.rand(*size)] if kind == "dense" else [torch.rand(count, 3) for count in size]
+    inputs += [weights_of(count).float() for count in size]
+    results = []
+    for dtype in (DOUBLE, torch.float32):
+        leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+        options = {"epsilon": epsilon, "rho_a": rho_a, "rho_b": rho_b, "reference": name}
+        function = sinkhorn if kind == "dense" else sinkhorn_points
+        value = function(*leaves, tol=1e-12 if dtype == DOUBLE else 1e-6, max_iter=100_000, **options).value
+        results.append([value, *torch.autograd.grad(value, leaves)])
+    # Some dozen roundings of the value and, of the weights' gradients, of the largest: of the last ones the constant
+    # that is free where both must hold is not.
+    limits = [2e-6] + [5e-6] * (len(inputs) - 2) + [4e-6] * 2
+    for actual, exact, limit in zip(results[1], results[0], limits, strict=True):
+        scale = max(exact.abs().max().item(), 0.0 if exact.ndim == 2 else epsilon)
+        assert (actual.double() - exact).abs().max().item() <= limit * scale
+
+
 def test_rows_that_lose_all_mass_keep_right_potentials() -> None:
     """exp(-f / rho) is below float32's numbers."""
     for name, scale in itertools.product(REFERENCES, (10.0, 100.0, 1000.0)):

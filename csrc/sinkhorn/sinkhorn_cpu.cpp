@@ -129,6 +129,7 @@ class Problem {
         row_factor_(n_ + kLanes<A>),
         row_kappa_(n_ + kLanes<A>),
         row_weight_(n_),
+        row_sum_(n_),
         v_(stride_),
         next_v_(stride_),
         partial_(blocks_ * stride_),
@@ -164,7 +165,7 @@ class Problem {
           absorb();
         } else {
           // The sums that were lost are found again on the cost, from the columns' potentials before.
-          absorb(args_.column, first_column_, m_, v_.get());
+          absorb_column_scalings();
           has_kernel = exact_iteration(error);
         }
       }
@@ -217,6 +218,10 @@ class Problem {
   static double kappa(const SinkhornSide& side, int64_t i, double epsilon) { return side.kappa(i, epsilon); }
 
   double target(const SinkhornSide& side, int64_t i) const { return args_.target(side, i, epsilon_); }
+
+  double potential(const SinkhornSide& side, int64_t k, double log_sum) const {
+    return epsilon_ * (target(side, k) - kappa(side, k, epsilon_) * log_sum);
+  }
 
   void set_epsilon(double epsilon) {
     epsilon_ = epsilon;
@@ -275,6 +280,7 @@ class Problem {
       const A scale = exact_row(i, row, !Cost::kIsHeld, state);
       row_factor_.get()[i] = factor(args_.row, first_row_ + i, row_potentials()[i]);
       u_.get()[i] = scale > 0 ? A(1) : A(0);
+      row_sum_.get()[i] = 0;
       for (int64_t j = 0; j < stride_; j += kLanes<A>) {
         const Vector<A> plan = scale > 0 ? load(row + j) * scale : Vector<A>{};
         store(row + j, plan);
@@ -360,9 +366,7 @@ class Problem {
     });
     for (int64_t j = 0; j < m_; ++j) {
       const double log_sum = static_cast<double>(shifted_.get()[j]) / epsilon_ + std::log(column_sum(j));
-      const int64_t k = first_column_ + j;
-      const double potential = epsilon_ * (target(args_.column, k) - kappa(args_.column, k, epsilon_) * log_sum);
-      column_potentials()[j] = maxima[j] > none ? potential : -INFINITY;
+      column_potentials()[j] = maxima[j] > none ? potential(args_.column, first_column_ + j, log_sum) : -INFINITY;
     }
   }
 
@@ -586,6 +590,7 @@ class Problem {
     }
     const Vector<A> result = is_there ? u : Vector<A>{};
     store_partial(u_.get() + first, result, count);
+    store_partial(row_sum_.get() + first, is_there ? sum : Vector<A>{}, count);
     return result;
   }
 
@@ -601,14 +606,26 @@ class Problem {
     return largest > widest || smallest < 1 / widest;
   }
 
+  // From the sums that made the scalings, which are kept in double: what A loses of a scaling is epsilon's rounding,
+  // and of a sum kappa times that. Values and gradients take exp(-F / rho), where the difference counts.
   void absorb() {
-    absorb(args_.row, first_row_, n_, u_.get());
-    absorb(args_.column, first_column_, m_, v_.get());
+    for (int64_t i = 0; i < n_; ++i) {
+      const A sum = row_sum_.get()[i];
+      if (sum > 0) row_potentials()[i] = absorbed(args_.row, first_row_ + i, sum);
+    }
+    for (int64_t j = 0; j < m_; ++j) {
+      if (v_.get()[j] > 0) column_potentials()[j] = absorbed(args_.column, first_column_ + j, column_sum(j));
+    }
   }
 
-  void absorb(const SinkhornSide& side, int64_t first, int64_t count, const A* scaling) const {
-    for (int64_t i = 0; i < count; ++i) {
-      if (scaling[i] > 0) side.potentials[first + i] += epsilon_ * std::log(static_cast<double>(scaling[i]));
+  double absorbed(const SinkhornSide& side, int64_t k, double sum) const {
+    return potential(side, k, std::log(sum) - side.potentials[k] / epsilon_);
+  }
+
+  void absorb_column_scalings() const {
+    for (int64_t j = 0; j < m_; ++j) {
+      const A scaling = v_.get()[j];
+      if (scaling > 0) column_potentials()[j] += epsilon_ * std::log(static_cast<double>(scaling));
     }
   }
 
@@ -635,6 +652,7 @@ class Problem {
   int64_t tile_;            // rows
   Scratch<A> kernel_;
   Scratch<A> u_, row_factor_, row_kappa_, row_weight_;
+  Scratch<A> row_sum_;  // that made u, 0 where the potentials themselves are new
   Scratch<A> v_, next_v_, partial_, column_factor_, column_kappa_, shifted_, shifted_low_, maxima_;
   Scratch<BlockState> block_states_;
   double epsilon_ = 0;

@@ -326,6 +326,7 @@ class Part {
         const double kappa = args_.row.kappa(i, epsilon());
         row_states()[own] = {potential > -INFINITY ? A(1) : A(0), factor(args_.row, i, potential),
                              static_cast<A>(kappa), static_cast<A>(args_.row.weights[i])};
+        row_sums()[own] = 0;
       }
     }
     return u;
@@ -358,6 +359,7 @@ class Part {
       error += is_balanced ? absolute(state.weight - state.scaling * sum)
                            : state.weight * absolute(logarithm(u / state.scaling)) / state.kappa;
       row_states()[own].scaling = u;
+      row_sums()[own] = sum;
     }
     flags |= flags_of(sum, u);
     return u;
@@ -552,14 +554,27 @@ class Part {
     return (is_sound ? 0 : kLost) | (scaling > kRoot || scaling < 1 / kRoot ? kWide : 0);
   }
 
+  // From the sums that made the scalings, as on the CPU: A loses less of them.
   __device__ __forceinline__ void absorb() {
     for (int i = thread(); i < rows_(); i += threads()) {
-      const A scaling = row_states()[i].scaling;
-      if (scaling > 0) {
-        args_.row.potentials[row_index(i)] += epsilon() * log(static_cast<double>(scaling));
-      }
+      const A sum = row_sums()[i];
+      if (sum > 0) args_.row.potentials[row_index(i)] = absorbed(args_.row, row_index(i), static_cast<double>(sum));
     }
-    absorb_columns(scalings_now());
+    for (int j = first_column() + thread(); j < end_column(); j += threads()) {
+      if (scalings_now()[j] > 0) set_column_potential(j, absorbed(args_.column, column_index(j), sum_of_rows(j)));
+    }
+  }
+
+  __device__ __forceinline__ double absorbed(const SinkhornSide& side, int64_t index, double sum) const {
+    return potential_of(side, index, log(sum) - side.potentials[index] / epsilon());
+  }
+
+  // Of the last iteration's rows, all parts'.
+  __device__ __forceinline__ double sum_of_rows(int j) const {
+    if (is_alone()) return static_cast<double>(sum_of_teams(j));
+    double sum = 0;
+    for (int part = 0; part < plan_.parts; ++part) sum += static_cast<double>(__ldcg(all_sums() + at_line(part, j)));
+    return sum;
   }
 
   __device__ __forceinline__ void absorb_columns(const A* scalings) {
@@ -760,6 +775,7 @@ class Part {
     return shared<ColumnState<A>>(launched_.shared.columns);
   }
   __device__ __forceinline__ RowState<A>* row_states() const { return shared<RowState<A>>(launched_.shared.rows); }
+  __device__ __forceinline__ A* row_sums() const { return shared<A>(launched_.shared.row_sums); }
   __device__ __forceinline__ A* kernel() const { return shared<A>(launched_.shared.kernel); }
   __device__ __forceinline__ A* sums() const {
     if (kHeld || plan_.has_shared_sums) return shared<A>(launched_.shared.sums);

@@ -88,6 +88,7 @@ struct SharedLayout {
   int scalings;    // [2, stride] v
   int columns;     // [stride] ColumnState
   int rows;        // [part_rows] RowState
+  int row_sums;    // [part_rows] that made u, 0 where the potentials themselves are new
   int kernel;      // [part_rows, stride] K, or without resident K [teams * kRows, stride]
   int64_t needed;  // bytes
 
@@ -102,6 +103,7 @@ struct SharedLayout {
     scalings = take(plan.is_resident, 2 * stride);
     columns = take(plan.is_resident, 2 * stride);
     rows = take(plan.is_resident, plan.part_rows * static_cast<int64_t>(sizeof(RowState<A>)));
+    row_sums = take(plan.is_resident, plan.part_rows * static_cast<int64_t>(sizeof(A)));
     kernel = take(is_in_shared || plan.has_tile, (is_in_shared ? plan.part_rows : plan.teams * kRowsOf<false>)*stride);
   }
 

@@ -187,6 +187,22 @@ def test_ways(library: ctypes.CDLL, way: str, kind: str, dtype: torch.dtype) -> 
         check(solve(library, WAYS[way], arguments), in_float64(arguments), 0.05, dtype)
 
 
+@pytest.mark.parametrize("is_counting", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_float32_at_rho_far_below_epsilon(library: ctypes.CDLL, way: str, is_counting: bool) -> None:
+    """Potentials in units of rho, which exp(-f / rho) takes: to the rounding of sums."""
+    arguments = problem(
+        2, 20, 40, kind="unbalanced", is_counting=is_counting, dtype=torch.float32, epsilon=1000.0, first=1000.0, tol=0
+    )
+    actual, expected = solve(library, WAYS[way], arguments), in_float64(arguments)
+    sides = zip(actual[:2], expected[:2], arguments[3:5], arguments[5:7], strict=True)
+    for potentials, truth, log_weights, rho in sides:
+        found = truth > -INF
+        assert torch.equal(potentials > -INF, found)
+        difference = ((potentials - truth) / rho)[found]
+        assert difference.abs().max() <= 1e-6 * (1 + log_weights[found].abs().max())
+
+
 @pytest.mark.parametrize("epsilon", [1e-1, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("way", WAYS)
 def test_float32_at_small_epsilon(library: ctypes.CDLL, way: str, epsilon: float) -> None:
