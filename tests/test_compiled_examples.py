@@ -33,6 +33,7 @@ def compiled_as_eager(
     return eager, train(), counter.frame_count
 
 
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("number", [1, 3], ids=["cross-entropy", "StableMax"])
 def test_grokking(number: int) -> None:
     """By inductor, with OrthoGrad as it is."""

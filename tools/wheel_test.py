@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("tests", "bench", "examples", "tools", "docs", "pyproject.toml", "README.md")
+COPIED = ("tests", "bench", "examples", "tools", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE")
 EXTRAS = "test,bench,examples,triton"
 COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang", "nvcc")
 REMOVED = ("CC", "CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH", "PYTHONSAFEPATH", "LD_LIBRARY_PATH")

@@ -19,17 +19,20 @@ def step(model, features, labels, group):
     return loss
 
 
+def main():
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    features, labels = torch.randn(64, 16), torch.randint(4, (64,))
+    model, alone = torch.nn.Linear(16, 8), torch.nn.Linear(16, 8)
+    alone.load_state_dict(model.state_dict())
+
+    parallel = DistributedDataParallel(model)
+    loss = step(parallel, features[rank::ranks], labels[rank::ranks], group=True)
+
+    torch.testing.assert_close(loss, step(alone, features, labels, group=None))
+    torch.testing.assert_close(model.state_dict(), alone.state_dict())
+
+
 dist.init_process_group("gloo")  # "nccl" on GPUs
-rank, ranks = dist.get_rank(), dist.get_world_size()
-
-torch.manual_seed(0)
-features, labels = torch.randn(64, 16), torch.randint(4, (64,))
-model, alone = torch.nn.Linear(16, 8), torch.nn.Linear(16, 8)
-alone.load_state_dict(model.state_dict())
-
-parallel = DistributedDataParallel(model)
-loss = step(parallel, features[rank::ranks], labels[rank::ranks], group=True)
-
-torch.testing.assert_close(loss, step(alone, features, labels, group=None))
-torch.testing.assert_close(model.state_dict(), alone.state_dict())
-dist.destroy_process_group()
+main()
+dist.destroy_process_group()  # when nothing holds the group any more: a thread of it that outlives Python aborts
