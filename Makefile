@@ -24,7 +24,7 @@ nvcc := $(or $(and $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc)),$(shell comma
 # One folder and one configuration for the editable installation, the wheel, the GPU kernels' report and the packaging
 # tests: nothing is compiled twice. They differ in the targets that they build. A torch without CUDA needs the CPU's only.
 native_build := build/native
-cpu_only := -C build.targets=_C -C install.components=cpu
+cpu_only := --config-settings build.targets=_C --config-settings install.components=cpu
 compilers := CXX=$(CXX) $(if $(nvcc),CUDACXX=$(nvcc))
 
 # ---- the environment ----
@@ -62,7 +62,7 @@ native := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 .venv/pyreg: $(native) build/python_files .venv/requirements.txt
 	@echo "Building pyreg"
 	parts=$$($(python) -c 'import torch; print("" if torch.version.cuda else "$(cpu_only)")'); \
-	$(compilers) $(pip) install -q $(build) -C build-dir=$(native_build) $$parts -e .
+	$(compilers) $(pip) install -q $(build) --config-settings build-dir=$(native_build) $$parts -e .
 	touch $@
 
 # ---- what is run ----
@@ -124,7 +124,7 @@ docs: .venv/pyreg ## build/docs/index.html, the documentation
 # The wheel's tag says on which systems it runs; auditwheel finds it, and leaves torch's libraries out.
 wheel: .venv/requirements.txt ## dist/: the wheel, with CUDA kernels where nvcc is found, and the sources
 	rm -rf build/wheel dist/pyreg-*
-	$(compilers) $(pip) wheel -q $(build) -C build-dir=$(native_build) -w build/wheel $(ARGS) .
+	$(compilers) $(pip) wheel -q $(build) --config-settings build-dir=$(native_build) -w build/wheel $(ARGS) .
 	PATH=$(CURDIR)/.venv/bin:$$PATH $(python) -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
 	$(python) -c 'from scikit_build_core.build import build_sdist; build_sdist("dist")'
 	$(python) -m twine check --strict dist/*
@@ -174,8 +174,8 @@ gpu_python := PYTHONPATH=$(site):$(CURDIR) PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 $
 gpu: ## on a machine with a GPU: build for it, run all tests and benchmarks; ARGS for pytest, BENCH_ARGS for bench
 	mkdir -p $(LOGS)
 	architecture=$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())'); \
-	$(PYTHON) -m pip install $(build) --upgrade --target $(site) -C build-dir=build/gpu/cmake \
-	  -C cmake.define.PYREG_CUDA_ARCHITECTURES=$$architecture . 2>&1 | tee $(LOGS)/build.log
+	$(PYTHON) -m pip install $(build) --upgrade --target $(site) --config-settings build-dir=build/gpu/cmake \
+	  --config-settings cmake.define.PYREG_CUDA_ARCHITECTURES=$$architecture . 2>&1 | tee $(LOGS)/build.log
 	$(gpu_python) -m pyreg.env 2>&1 | tee $(LOGS)/env.log
 	status=0; \
 	$(gpu_python) -m pytest tests --import-mode=append --backend=auto $(ARGS) 2>&1 | tee $(LOGS)/test.log || status=1; \

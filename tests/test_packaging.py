@@ -25,8 +25,8 @@ from tools import ptxas, symbols
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "native"
 PIP = ("-m", "pip", "--disable-pip-version-check")
-CPU_ONLY = ("-C", "build.targets=_C", "-C", "install.components=cpu")
-OPTIONS = ("--no-build-isolation", "--no-deps", "-C", f"build-dir={BUILD}", *CPU_ONLY)
+CPU_ONLY = ("--config-settings", "build.targets=_C", "--config-settings", "install.components=cpu")
+OPTIONS = ("--no-build-isolation", "--no-deps", "--config-settings", f"build-dir={BUILD}", *CPU_ONLY)
 
 pytestmark = pytest.mark.needs_compiler
 
