@@ -59,7 +59,7 @@ def prepare_products(inputs: Inputs) -> Call:
 CONTENDERS = [
     Contender(OURS, step(lambda x, weight, target: pyreg.functional.linear_stablemax_cross_entropy(x, weight, target))),
     Contender("logits + ours", step(eager_logits)),
-    Contender("F.linear_cross_entropy", step(F.linear_cross_entropy), slow=True),
+    Contender("F.linear_cross_entropy", step(lambda *arguments: F.linear_cross_entropy(*arguments)), slow=True),
     Contender("F.linear_cross_entropy chunked", step(chunked_softmax), slow=True),
     Contender("compiled logits + formula", compiled_step(formula), slow=True),
     Contender(FLOOR, prepare_products),

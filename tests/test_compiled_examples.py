@@ -3,6 +3,7 @@ eager mode, and are compiled once, or once more for the last batch of an epoch, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -22,6 +23,13 @@ def _nothing_compiled() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def compiled_as_eager(
@@ -82,15 +90,17 @@ def test_monge_map(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compilations == 1
 
 
-def test_imbalanced_clustering(monkeypatch: pytest.MonkeyPatch) -> None:
-    """InfoNCE of views, then pseudo-labels, which the objective finds in a closure."""
+def test_imbalanced_clustering(monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
+    """InfoNCE of views, then pseudo-labels, which the objective finds in a closure. Adam moves a weight by its rate
+    however small the gradient, which in float32 may be of either sign."""
     example = load("imbalanced_clustering")
     samples = example.long_tailed(seed=0, ratio=15, device="cpu")
+    samples = dataclasses.replace(samples, x=samples.x.double())
     with monkeypatch.context() as patch:
         pretrain = functools.partial(example.pretrain, samples, 0, 2)
         eager, compiled, compilations = compiled_as_eager(patch, example, pretrain)
         for one, other in zip(compiled.parameters(), eager.parameters(), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
         assert compilations == 2
 
     def self_label() -> Any:
@@ -99,6 +109,5 @@ def test_imbalanced_clustering(monkeypatch: pytest.MonkeyPatch) -> None:
         return example.self_label(model, samples, 0, 2, example.partial(2, example.SEMANTIC_WEIGHT))
 
     eager_run, compiled_run, compilations = compiled_as_eager(monkeypatch, example, self_label)
-    # Of 622 samples one or two may lie between two clusters.
-    torch.testing.assert_close(compiled_run.history, eager_run.history, rtol=0, atol=2.5 / 622)
+    assert compiled_run.history == eager_run.history
     assert compilations == 2

@@ -35,4 +35,4 @@ def main():
 
 dist.init_process_group("gloo")  # "nccl" on GPUs
 main()
-dist.destroy_process_group()  # when nothing holds the group any more: a thread of it that outlives Python aborts
+dist.destroy_process_group()
