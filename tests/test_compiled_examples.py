@@ -110,4 +110,4 @@ def test_imbalanced_clustering(monkeypatch: pytest.MonkeyPatch, float64: None) -
 
     eager_run, compiled_run, compilations = compiled_as_eager(monkeypatch, example, self_label)
     assert compiled_run.history == eager_run.history
-    assert compilations == 2
+    assert compilations in (1, 2)  # torch 2.10 knows from the training before that batches differ in size
