@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help="measure operators whose names contain this")
     parser.add_argument("--quick", action="store_true", help="3 minutes: no slow contenders, half of the sizes")
-    parser.add_argument("--minutes", type=float, help="the time to share out (default: 14, of a quick run 3)")
+    parser.add_argument("--minutes", type=float, help="the time to share out (default: 14, of a quick run 2.75)")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--sweep", action="store_true", help="the sweeps alone")
     only.add_argument("--no-sweep", action="store_true", help="no sweeps")
