@@ -204,8 +204,8 @@ def test_orthogonalize_gradients(params: list[Recipe], grads: list[str], layouts
         perpendicular = g - (w.flatten().dot(g.flatten()) / (w.flatten().dot(w.flatten()) + 1e-30)) * w
         if not perpendicular.isfinite().all() or perpendicular.norm() < 1e-5 * norm or norm * 1e-30 > 1:
             continue  # parallel but for rounding, or beyond what float64's squares hold
-        # Weights of zero leave a gradient as it is, be it so short that 1e-30 counts beside it.
-        expected = orthograd_reference.orthogonalize_gradient(w, g) if weight.any() else g
+        # Weights whose squares are 0 leave a gradient as it is, be it so short that 1e-30 counts beside it.
+        expected = orthograd_reference.orthogonalize_gradient(w, g) if w.square().sum() > 0 else g
         eps = torch.finfo(grad.dtype).eps
         if expected.abs().max() > torch.finfo(grad.dtype).max / 2:
             continue
