@@ -37,6 +37,10 @@ MAX_SAMPLES = 60
 # After a parallel loop of torch its worker threads spin for some milliseconds, ready for the next one. They would hold
 # the core that a thread of the floor needs.
 SPIN_SECONDS = 0.02
+# Memory of this size goes back to the system after every call. What another contender has just given back may cost ten
+# times as much to touch, of a virtual machine whose host takes free pages away: calls that are not timed go before a
+# sample, as steps of training do before the next.
+RETURNED_BYTES = 32 << 20
 ROTATED_BYTES = 1280 << 20  # at most this much memory for the input sets of one workload
 
 # In the sharing of a run's time a slow contender, in seconds a call or to compile, counts as so many others.
@@ -136,12 +140,15 @@ class Settings:
     skip_slow: bool = False
     warm_up_seconds: float = 0.1
     only_call_seconds: float = 5.0
+    settling_seconds: float = 0.5  # of calls before a sample, where one takes less and much memory
 
 
 # A full run is to end within 15 minutes, a quick one within 3: the rest is for what is not stopped, such as a
 # compilation.
 FULL = Settings(seconds=2.5, minutes=14)
-QUICK = Settings(seconds=0.4, minutes=2.75, skip_slow=True, warm_up_seconds=0.03, only_call_seconds=0.3)
+QUICK = Settings(
+    seconds=0.4, minutes=2.75, skip_slow=True, warm_up_seconds=0.03, only_call_seconds=0.3, settling_seconds=0.1
+)
 
 
 def discover(device: str, operators: Iterable[str] = (), smoke: bool = False) -> list[Workload]:
@@ -323,6 +330,7 @@ class Runner:
         self._calls: list[Call | None] = [None] * len(inputs)
         self._estimate = self._overhead = 0.0
         self.calls_per_sample = 1
+        self._settles = False
         self._next = 0
 
     def warm_up(self) -> None:
@@ -331,7 +339,9 @@ class Runner:
             if self.contender.imports:
                 importlib.import_module(self.contender.imports)
             first = self._measure_memory()
-            if first >= min(LONG_CALL_SECONDS, self._settings.only_call_seconds):
+            self._settles = self.result.device == "cpu" and (self.result.peak_bytes or 0) >= RETURNED_BYTES
+            long = min(LONG_CALL_SECONDS, self._settings.only_call_seconds)
+            if first >= (4 * long if self._settles else long):
                 self.result.seconds.append(first)
                 self._estimate = first
                 return
@@ -342,6 +352,7 @@ class Runner:
             self._overhead = max(0.0, elapsed - sum(times[1:])) / max(len(times) - 1, 1)
             self._measure_memory()
             self._estimate = min(times)
+            self._settles = self._settles and self._estimate < self._settings.settling_seconds
         except Exception as error:
             self._fail(error)
 
@@ -386,6 +397,9 @@ class Runner:
         return seconds[0]
 
     def _time(self, calls: int) -> float:
+        begin = time.monotonic()
+        while self._settles and time.monotonic() - begin < self._settings.settling_seconds:
+            self.prepare(1)[0]()
         prepared = self.prepare(calls)
         if self.contender.name == FLOOR:
             time.sleep(SPIN_SECONDS)
