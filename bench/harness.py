@@ -140,15 +140,13 @@ class Settings:
     skip_slow: bool = False
     warm_up_seconds: float = 0.1
     only_call_seconds: float = 5.0
-    settling_seconds: float = 0.5  # of calls before a sample, where one takes less and much memory
+    settling_seconds: float = 0.0  # of calls before a sample, where one takes less and much memory
 
 
 # A full run is to end within 15 minutes, a quick one within 3: the rest is for what is not stopped, such as a
 # compilation.
-FULL = Settings(seconds=2.5, minutes=14)
-QUICK = Settings(
-    seconds=0.4, minutes=2.75, skip_slow=True, warm_up_seconds=0.03, only_call_seconds=0.3, settling_seconds=0.1
-)
+FULL = Settings(seconds=2.5, minutes=14, settling_seconds=0.5)
+QUICK = Settings(seconds=0.4, minutes=2.75, skip_slow=True, warm_up_seconds=0.03, only_call_seconds=0.3)
 
 
 def discover(device: str, operators: Iterable[str] = (), smoke: bool = False) -> list[Workload]:
@@ -339,7 +337,8 @@ class Runner:
             if self.contender.imports:
                 importlib.import_module(self.contender.imports)
             first = self._measure_memory()
-            self._settles = self.result.device == "cpu" and (self.result.peak_bytes or 0) >= RETURNED_BYTES
+            has_large_memory = self.result.device == "cpu" and (self.result.peak_bytes or 0) >= RETURNED_BYTES
+            self._settles = has_large_memory and self._settings.settling_seconds > 0
             long = min(LONG_CALL_SECONDS, self._settings.only_call_seconds)
             if first >= (4 * long if self._settles else long):
                 self.result.seconds.append(first)
