@@ -328,7 +328,7 @@ class Runner:
         self._calls: list[Call | None] = [None] * len(inputs)
         self._estimate = self._overhead = 0.0
         self.calls_per_sample = 1
-        self._settles = False
+        self._settling_seconds = 0.0
         self._next = 0
 
     def warm_up(self) -> None:
@@ -338,9 +338,9 @@ class Runner:
                 importlib.import_module(self.contender.imports)
             first = self._measure_memory()
             has_large_memory = self.result.device == "cpu" and (self.result.peak_bytes or 0) >= RETURNED_BYTES
-            self._settles = has_large_memory and self._settings.settling_seconds > 0
+            self._settling_seconds = self._settings.settling_seconds if has_large_memory else 0.0
             long = min(LONG_CALL_SECONDS, self._settings.only_call_seconds)
-            if first >= (4 * long if self._settles else long):
+            if first >= (4 * long if self._settling_seconds > 0 else long):
                 self.result.seconds.append(first)
                 self._estimate = first
                 return
@@ -351,7 +351,8 @@ class Runner:
             self._overhead = max(0.0, elapsed - sum(times[1:])) / max(len(times) - 1, 1)
             self._measure_memory()
             self._estimate = min(times)
-            self._settles = self._settles and self._estimate < self._settings.settling_seconds
+            if self._estimate >= self._settling_seconds:
+                self._settling_seconds = 0.0
         except Exception as error:
             self._fail(error)
 
@@ -397,7 +398,7 @@ class Runner:
 
     def _time(self, calls: int) -> float:
         begin = time.monotonic()
-        while self._settles and time.monotonic() - begin < self._settings.settling_seconds:
+        while time.monotonic() - begin < self._settling_seconds:
             self.prepare(1)[0]()
         prepared = self.prepare(calls)
         if self.contender.name == FLOOR:

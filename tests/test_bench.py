@@ -593,6 +593,33 @@ class TestSinkhorn:
             torch.testing.assert_close(found, expected, **accuracy)
 
 
+@pytest.mark.parametrize(
+    ("size", "settling"), [(2 * harness.RETURNED_BYTES, 0.3), (2 * harness.RETURNED_BYTES, 0.0), (64, 0.3)]
+)
+def test_fresh_memory_settles_before_a_sample(size: int, settling: float) -> None:
+    """Calls that are not timed, for as long as is asked; where there is little memory, none."""
+    calls = []
+
+    def prepare(_: object) -> Callable[[], object]:
+        def call() -> None:
+            calls.append(len(torch.ones(size, dtype=torch.uint8)))
+
+        return call
+
+    workload = Workload("one", "size", "uint8", "cpu", lambda _: (torch.zeros(1),), [Contender("ours", prepare)])
+    settings = harness.Settings(seconds=0.1, settling_seconds=settling)
+    runner = harness.Runner(workload, workload.contenders[0], [(torch.zeros(1),)], settings)
+    runner.warm_up()
+    calls.clear()
+    begin = time.monotonic()
+    runner.take_sample()
+    if settling > 0 and size > harness.RETURNED_BYTES:
+        assert time.monotonic() - begin >= settling
+        assert len(calls) > 1
+    else:
+        assert len(calls) == runner.calls_per_sample == 1
+
+
 class TestSinkhornDivergence:
     @pytest.mark.skipif(not bench_sinkhorn_divergence.HAS_GEOMLOSS, reason="geomloss is not installed")
     def test_geomloss_has_our_value_and_gradients(self) -> None:

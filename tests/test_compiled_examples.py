@@ -102,6 +102,7 @@ def test_imbalanced_clustering(monkeypatch: pytest.MonkeyPatch, float64: None) -
         for one, other in zip(compiled.parameters(), eager.parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
         assert compilations == 2
+    torch.compiler.reset()  # torch 2.10 remembers that batches differ in size
 
     def self_label() -> Any:
         model = example.Clusterer()
@@ -110,4 +111,4 @@ def test_imbalanced_clustering(monkeypatch: pytest.MonkeyPatch, float64: None) -
 
     eager_run, compiled_run, compilations = compiled_as_eager(monkeypatch, example, self_label)
     assert compiled_run.history == eager_run.history
-    assert compilations in (1, 2)  # torch 2.10 knows from the training before that batches differ in size
+    assert compilations == 2

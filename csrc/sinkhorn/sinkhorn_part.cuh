@@ -246,7 +246,7 @@ class Part {
       found = half_iterations<false>();
       if (found.flags & kLost) {
         // The sums that were lost are found again on the cost, from the columns' potentials before.
-        absorb_columns(scalings_before());
+        absorb_column_scalings();
         barrier();
         must_form = true;
       }
@@ -577,9 +577,9 @@ class Part {
     return sum;
   }
 
-  __device__ __forceinline__ void absorb_columns(const A* scalings) {
+  __device__ __forceinline__ void absorb_column_scalings() {
     for (int j = first_column() + thread(); j < end_column(); j += threads()) {
-      const A scaling = scalings[j];
+      const A scaling = scalings_before()[j];
       if (scaling > 0) {
         set_column_potential(j, column_potential(j) + epsilon() * log(static_cast<double>(scaling)));
       }
